@@ -1,0 +1,120 @@
+"""The zoo: names -> networks, and networks <-> weight files."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.config import InputError, nearest
+from normfree.models.nfnet import VARIANTS, FeatureInfo, NFNet, Variant
+from normfree.weights import ModelInfo, read_weights, write_weights
+
+__all__ = ["FeatureInfo", "NFNet", "Variant", "create_model", "find_variant", "list_models", "load", "save"]
+
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(NFNet.__init__).parameters.items()
+    if name not in ("self", "num_classes", "in_channels")
+)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` knows, filtered by a shell pattern such as `"nfnet_f*"`."""
+    return fnmatch.filter(VARIANTS, pattern)
+
+
+def find_variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise InputError(f"no model {name!r}{nearest(name, VARIANTS)}; `normfree models` lists all")
+    return VARIANTS[name]
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    weights: str | os.PathLike | None = None,
+    **overrides: Any,
+) -> NFNet:
+    """A network of the zoo, freshly initialised or with weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: 0 leaves the classifier out (pooled features).
+        weights: a file that `save` wrote for the same architecture; its classifier is taken over where `num_classes`
+            agrees, and stays freshly initialised where it differs.
+        overrides: any option of `NFNet`, such as `width`, `depth`, `drop_rate`, `second_conv`, `features_only`; None
+            keeps the variant's value.
+
+    Raises:
+        InputError: unknown name or option, impossible value, weights of another architecture.
+
+    Example:
+        >>> model = create_model("nfnet_nano", num_classes=10)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    variant = find_variant(name)
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    unknown = next((key for key in overrides if key not in OPTIONS), None)
+    if unknown is not None:
+        raise InputError(f"{name} has no option {unknown!r}{nearest(unknown, OPTIONS)}; known: {', '.join(OPTIONS)}")
+    own = {key: value for key, value in asdict(variant).items() if key in OPTIONS}
+    model = NFNet(num_classes=num_classes, in_channels=in_channels, **(own | overrides))
+    # a mean and a deviation for every input channel; ImageNet's belong to RGB
+    pixels = {} if in_channels == 3 else dict(mean=(0.5,) * in_channels, std=(0.25,) * in_channels)
+    model.info = ModelInfo(
+        name, num_classes, in_channels, overrides, train_px=variant.train_px, eval_px=variant.eval_px, **pixels
+    )
+    if weights is not None:
+        state, info = read_weights(weights)
+        _load_state(model, state, info, weights)
+        model.info = replace(info, overrides=overrides, num_classes=num_classes)
+        if num_classes != info.num_classes:
+            model.info = replace(model.info, class_names=())
+    return model
+
+
+def _load_state(model: NFNet, state: Mapping[str, Tensor], info: ModelInfo, path: str | os.PathLike) -> None:
+    assert model.info is not None
+    if info.architecture != model.info.architecture:
+        raise InputError(f"{path} holds weights of {info.architecture}, not of {model.info.architecture}")
+    own = model.state_dict()
+    if model.num_classes != info.num_classes or model.out_indices is not None:
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        state |= {key: value for key, value in own.items() if key.startswith("head.")}
+    if model.out_indices is not None:  # a feature extractor drops the layers it does not need
+        state = {key: value for key, value in state.items() if key in own}
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"{path} does not fit this {info.architecture}: tensor {wrong[0]!r}{more} differs")
+    model.load_state_dict(state, assign=True)
+
+
+def save(model: NFNet, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
+    """Writes `model` and `info` (default `model.info`) as one safetensors file that `load` and `predict` take."""
+    info = info or model.info
+    if info is None:
+        raise InputError("this network was not made by create_model: pass info=ModelInfo(architecture, num_classes, ...)")
+    write_weights(path, model.state_dict(), info)
+
+
+def load(path: str | os.PathLike) -> NFNet:
+    """The network in a file that `save` wrote, in evaluation mode on the CPU, with its header as `model.info`."""
+    state, info = read_weights(path)
+    try:
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
+            model = create_model(info.architecture, info.num_classes, info.in_channels, **info.overrides)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    model.info = info
+    _load_state(model, state, info, path)
+    return model.eval()

@@ -1,0 +1,141 @@
+"""The pieces of a normalizer-free network.
+
+Scalars ride on weights: the gain γ of an activation and the β of a block multiply the standardized weights of the
+convolution that follows (`WSConv2d.input_scale`), and α, the SkipInit gain and the stochastic-depth mask multiply the
+squeeze-excite gate. No feature map is read and written for the sake of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.config import InputError, nearest
+
+# name -> (function, γ). γ keeps the output variance at 1 for a standard normal input; the values are the constants of
+# the released code (nfnets/base.py), sampled estimates up to 1e-3 above the exact ones (docs/parity.md).
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "identity": (lambda x: x, 1.0),
+    "celu": (F.celu, 1.270926833152771),
+    "elu": (F.elu, 1.2716004848480225),
+    "gelu": (partial(F.gelu, approximate="tanh"), 1.7015043497085571),
+    "leaky_relu": (F.leaky_relu, 1.70590341091156),
+    "log_sigmoid": (F.logsigmoid, 1.9193484783172607),
+    "relu": (F.relu, 1.7139588594436646),
+    "relu6": (F.relu6, 1.7131484746932983),
+    "selu": (F.selu, 1.0008515119552612),
+    "sigmoid": (torch.sigmoid, 4.803835391998291),
+    "silu": (F.silu, 1.7881293296813965),
+    "soft_sign": (F.softsign, 2.338853120803833),
+    "softplus": (F.softplus, 1.9203323125839233),
+    "tanh": (torch.tanh, 1.5939117670059204),
+}
+
+
+class Activation(nn.Module):
+    """An activation function without its γ, which is the attribute `gamma` for whoever consumes the output."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        if name not in ACTIVATIONS:
+            raise InputError(f"no activation {name!r}{nearest(name, ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}")
+        self.name = name
+        self.function, self.gamma = ACTIVATIONS[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, gamma={self.gamma:.6g}"
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after one side of `size` pixels, as TensorFlow's 'SAME' places them: the odd one goes after."""
+    total = max(kernel - (size % stride or stride), 0)
+    return total // 2, total - total // 2
+
+
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
+    """Convolution with 'SAME' padding; output side = ceil(input side / stride)."""
+    top, bottom = same_padding(x.shape[-2], weight.shape[-2], stride)
+    left, right = same_padding(x.shape[-1], weight.shape[-1], stride)
+    if top == bottom and left == right:
+        return F.conv2d(x, weight, bias, stride, (top, left), 1, groups)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, 1, groups)
+
+
+class WSConv2d(nn.Conv2d):
+    """2-D convolution with scaled weight standardization, 'SAME' padding, per-channel gain and bias.
+
+        Ŵ_i = (W_i - mean(W_i)) / sqrt(max(fan_in * var(W_i), 1e-4)) * gain_i * input_scale
+
+    `weight` (out, in / groups, k, k), `gain` and `bias` (out,). Mean and biased variance run over the fan-in extent.
+    `input_scale` is the scalar that the input would otherwise have been multiplied by. Paper eq. 1; nfnets/base.py.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, input_scale=1.0):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=0, groups=groups)
+        self.gain = nn.Parameter(torch.ones(out_channels))
+        self.input_scale = input_scale
+
+    def reset_parameters(self) -> None:
+        """LeCun normal over the fan-in, bias 0 (the gain starts at 1)."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def standardized_weight(self) -> Tensor:
+        """Ŵ, the weight that the convolution uses, of the shape of `weight`."""
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        scale = (var * fan_in).clamp(min=1e-4).rsqrt() * (self.gain * self.input_scale).view(-1, 1, 1, 1)
+        return (self.weight - mean) * scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d_same(input, self.standardized_weight(), self.bias, self.stride[0], self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}"
+
+
+class SqueezeExcite(nn.Module):
+    """Gate in (0, 1) for every channel of every image: (N, C, H, W) -> (N, C, 1, 1).
+
+    Hidden activation is plain ReLU without γ: the paper's formula says GELU, the released code and weights have ReLU.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.fc2 = nn.Linear(hidden_channels, channels)
+        for fc in (self.fc1, self.fc2):
+            std = fc.in_features**-0.5  # haiku's default for linear layers: normal truncated at two deviations
+            nn.init.trunc_normal_(fc.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
+
+
+class StochasticDepth(nn.Module):
+    """Zeroes whole samples of a (N, ...) tensor with probability `rate` while training; survivors are not rescaled.
+
+    Without the usual 1 / (1 - rate), and without a factor in evaluation: nfnets/base.py, StochDepth.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4g}"

@@ -1,0 +1,64 @@
+"""Exponential moving average of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from normfree.config import InputError
+
+
+class EMA:
+    """ema <- d * ema + (1 - d) * parameter after each step t = 0, 1, ..., with d = min(decay, (1 + t) / (10 + t)).
+
+    Starts as a copy of the parameters; the warm-up of d lets them go (released code: utils.py, tf1_ema). Parameters
+    only: a normalizer-free network has no other state.
+
+        >>> ema = EMA(model, decay=0.99999)
+        >>> for step, batch in enumerate(batches):
+        ...     train_step(batch)
+        ...     ema.update(step)
+        >>> with ema.applied():
+        ...     evaluate(model)
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.99999):
+        if not 0 <= decay < 1:
+            raise InputError(f"EMA decay {decay}: a number in [0, 1); the paper's is 0.99999")
+        self.decay = decay
+        self.params = dict(model.named_parameters())
+        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the parameters of now into the average; `step` counts from 0."""
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - self.decay_at(step))
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.params.items():
+            p.data, self.shadow[name] = self.shadow[name], p.data
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged parameters inside, its own again afterwards; nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.shadow)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state.keys() != self.shadow.keys():
+            raise InputError("this average belongs to a network with other parameters")
+        for name, value in state.items():
+            self.shadow[name].copy_(value)

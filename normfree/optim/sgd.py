@@ -1,0 +1,110 @@
+"""The authors' optimizer: AGC, coupled weight decay, Nesterov momentum (released code: optim.py, SGD_AGC)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfree.config import InputError
+from normfree.optim.agc import AGCStats, check_clipping, clip_tensors_, merge_stats
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    """One batched step over all tensors; overwrites `params`, `grads` and `momenta`.
+
+    d = g + weight_decay * p;   m <- momentum * m + d;   p <- p - lr * (d + momentum * m  if nesterov else  m)
+    """
+    params, grads, momenta = list(params), list(grads), list(momenta)
+    if weight_decay:
+        torch._foreach_add_(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_add_(momenta, grads)
+    if nesterov:
+        torch._foreach_add_(grads, momenta, alpha=momentum)
+    torch._foreach_add_(params, grads if nesterov else momenta, alpha=-lr)
+
+
+class SGD_AGC(torch.optim.Optimizer):
+    """SGD with Nesterov momentum, weight decay added to the gradient, and adaptive gradient clipping before both.
+
+    Gradients are consumed: after `step` their values are not the gradients any more.
+
+    Args:
+        params: parameters or groups; a group may set any of the options. `param_groups(model)` makes the authors' three.
+        lr: learning rate; the paper's peak is 0.1 * batch / 256.
+        weight_decay: coupled, not multiplied by the learning rate schedule on its own.
+        clipping: λ of AGC; None clips nothing.
+        eps: ε of AGC.
+
+    Attributes:
+        stats: `AGCStats` of the last step.
+
+    Raises:
+        InputError: a negative rate, a momentum outside [0, 1), Nesterov without momentum, λ or ε out of range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 2e-5,
+        clipping: float | None = 0.01,
+        eps: float = 1e-3,
+    ):
+        defaults = dict(
+            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, clipping=clipping, eps=eps
+        )
+        super().__init__(params, defaults)
+        self.stats = merge_stats([])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_clipping(group["clipping"], group["eps"])
+        if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
+            raise InputError("lr and weight_decay are at least 0, momentum lies in [0, 1)")
+        if group["nesterov"] and not group["momentum"]:
+            raise InputError("Nesterov momentum needs a momentum above 0")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stats: list[AGCStats] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if group["clipping"] is not None:
+                stats.append(clip_tensors_(params, grads, group["clipping"], group["eps"]))
+            sgd_step_(
+                params,
+                grads,
+                [self.state[p]["momentum_buffer"] for p in params],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                weight_decay=group["weight_decay"],
+            )
+        self.stats = merge_stats(stats)
+        return loss

@@ -1,0 +1,111 @@
+"""The weight file: one safetensors file whose header says everything that prediction needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from normfree.config import InputError
+
+FORMAT = "normfree-1"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def package_version() -> str:
+    try:
+        return version("normfree")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the header of a weight file holds beside the tensors.
+
+    `overrides` are the keyword arguments of `create_model`; pixels are sides of square inputs; `mean` and `std` belong
+    to pixels in [0, 1]; `eval_crop` and `crop_fraction` name the preparation (normfree.data.EvalTransform).
+    """
+
+    architecture: str
+    num_classes: int
+    in_channels: int = 3
+    overrides: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    train_px: int = 224
+    eval_px: int = 224
+    eval_crop: str = "resize_crop"
+    crop_fraction: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    source: str = ""
+    licence: str = ""
+    normfree_version: str = field(default_factory=package_version)
+
+    def to_metadata(self) -> dict[str, str]:
+        return {"format": FORMAT} | {key: json.dumps(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> ModelInfo:
+        """Raises ValueError, KeyError or TypeError on values that are not those of `to_metadata`."""
+        values = {f.name: json.loads(metadata[f.name]) for f in fields(cls) if f.name in metadata}
+        values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        info = cls(**values)
+        checks = {
+            "architecture": isinstance(info.architecture, str),
+            "num_classes": isinstance(info.num_classes, int) and info.num_classes >= 0,
+            "in_channels": isinstance(info.in_channels, int) and info.in_channels > 0,
+            "overrides": isinstance(info.overrides, dict),
+            "class_names": all(isinstance(name, str) for name in info.class_names)
+            and len(info.class_names) in (0, info.num_classes),
+            "pixels": all(isinstance(px, int) and 0 < px <= 16384 for px in (info.train_px, info.eval_px)),
+            "crop_fraction": isinstance(info.crop_fraction, int | float) and 0 < info.crop_fraction <= 1,
+            "mean and std": len(info.mean) == len(info.std) == info.in_channels and min(info.std) > 0,
+        }
+        bad = [name for name, good in checks.items() if not good]
+        if bad:
+            raise ValueError(f"impossible {', '.join(bad)}")
+        return info
+
+
+def write_weights(path: str | os.PathLike, state: dict[str, Tensor], info: ModelInfo) -> None:
+    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, temporary, info.to_metadata())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]:
+    """State dict on the CPU and header of a file of ours; InputError in one line for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no weight file {str(path)!r}" + (" (that is a folder)" if path.is_dir() else ""))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path} is a safetensors file, but not one that normfree wrote (format {FORMAT})")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged or no safetensors file ({reason})") from None
+    try:
+        return state, ModelInfo.from_metadata(metadata)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a damaged header ({error})") from None
