@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
+import os
+import types
+import typing
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+Four = tuple[int, int, int, int]
 
 
 class InputError(ValueError):
@@ -14,3 +26,197 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'nfnet_f0'?"`, or nothing where no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. What is None keeps the variant's own value."""
+
+    model: str = "nfnet_nano"
+    """Name of the network; `normfree models` lists them."""
+    width: Four | None = None
+    """Output channels of the four stages."""
+    depth: Four | None = None
+    """Blocks in each of the four stages."""
+    drop_rate: float | None = None
+    """Dropout before the classifier, 0 to 1."""
+    stochastic_depth: float | None = None
+    """Rate at which the deepest blocks are skipped in training, 0 to 1; None: 0.25."""
+    activation: str | None = None
+    """gelu, relu, silu, ...; None: gelu."""
+    second_conv: bool | None = None
+    """Whether blocks have the second 3x3 convolution; None: they do."""
+    group_width: int | None = None
+    """Channels in one group of the 3x3 convolutions."""
+    in_channels: int = 3
+    """3: images are read as RGB; 1: as grey."""
+    init: str | None = None
+    """Weight file to start from (fine-tuning); a classifier of another size is left out."""
+    freeze: bool = False
+    """Train the classifier only (linear probe)."""
+
+    def overrides(self) -> dict[str, Any]:
+        names = ("width", "depth", "drop_rate", "stochastic_depth", "activation", "second_conv", "group_width")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    path: Annotated[str, Positional, arg(metavar="DATA")] = "mnist5k"
+    """An image folder (CLASS/*.jpg, or train/CLASS and validation/CLASS), or `mnist5k`."""
+    validation_fraction: float = 0.1
+    """Share of each class to hold out where the folder has no validation split of its own."""
+    train_px: int | None = None
+    """Side of the training images in pixels; None: the network's."""
+    eval_px: int | None = None
+    """Side of the evaluation images in pixels; None: the network's."""
+    min_area: float = 0.08
+    """Smallest share of a picture that a random training crop covers."""
+    flip: bool = True
+    """Mirror half of the training images; off where left and right differ, as in digits."""
+    eval_crop: Literal["center", "resize_crop", "crop_resize"] = "center"
+    """center: keep the aspect, resize with antialiasing, crop. The others are the authors' crops."""
+    crop_fraction: float = 1.0
+    """Share of the short side that the center crop keeps."""
+    max_unreadable: float = 0.05
+    """Stop when more than this share of the training images cannot be read."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay (paper, appendix A.1)."""
+
+    epochs: float = 20
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images in one step."""
+    lr: float = 0.1
+    """Peak learning rate; the paper's is 0.1 * batch / 256."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises from 0."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 2e-5
+    """Added to the gradient; not on gains, biases and SkipInit gains."""
+    clipping: float | None = 0.01
+    """AGC's λ; larger for small batches; None clips nothing."""
+    clip_eps: float = 1e-3
+    """AGC's ε, the smallest weight norm that counts."""
+    label_smoothing: float = 0.1
+    """Share of the label that is spread over all classes."""
+    ema_decay: float = 0.99999
+    """Moving average of the weights, with warm-up; the average is what is evaluated and kept."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """How the run is carried out; nothing here changes its numbers on the same device, so --resume may change it."""
+
+    device: str | None = None
+    """cuda, mps or cpu; None: the first of these that is there."""
+    workers: int | None = None
+    """Processes that read images; None: one less than the cores, at most 8, and none for packaged sets."""
+    eval_every: float = 1.0
+    """Epochs between evaluations on the validation images."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints; one is also written at every evaluation and when the run is interrupted."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a training run. The same value gives the same run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    seed: int = 0
+    """Order, augmentation, initialisation, dropout: all follow from it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: convolutions and activations in bfloat16, weights and their update in float32."""
+
+
+def validate(run: RunConfig) -> None:
+    """Raises InputError for the first value that is out of its range."""
+    m, d, o, c = run.model, run.data, run.optim, run.machine
+    for good, message in (
+        (o.epochs > 0, f"epochs {o.epochs}: more than 0"),
+        (o.batch_size >= 1, f"batch-size {o.batch_size}: at least 1"),
+        (o.lr >= 0, f"lr {o.lr}: at least 0"),
+        (
+            0 <= o.warmup_epochs < o.epochs,
+            f"warmup-epochs {o.warmup_epochs}: at least 0 and less than epochs {o.epochs}",
+        ),
+        (0 < o.momentum < 1, f"momentum {o.momentum}: between 0 and 1"),
+        (o.weight_decay >= 0, f"weight-decay {o.weight_decay}: at least 0"),
+        (o.clipping is None or o.clipping > 0, f"clipping {o.clipping}: more than 0, or None"),
+        (o.clip_eps > 0, f"clip-eps {o.clip_eps}: more than 0"),
+        (0 <= o.label_smoothing < 1, f"label-smoothing {o.label_smoothing}: from 0 to less than 1"),
+        (0 <= o.ema_decay < 1, f"ema-decay {o.ema_decay}: from 0 to less than 1"),
+        (0 < d.validation_fraction < 1, f"validation-fraction {d.validation_fraction}: between 0 and 1"),
+        (all(px is None or 8 <= px <= 4096 for px in (d.train_px, d.eval_px)), "train-px and eval-px: 8 to 4096"),
+        (0 < d.min_area <= 1, f"min-area {d.min_area}: more than 0, at most 1"),
+        (0 < d.crop_fraction <= 1, f"crop-fraction {d.crop_fraction}: more than 0, at most 1"),
+        (0 <= d.max_unreadable <= 1, f"max-unreadable {d.max_unreadable}: 0 to 1"),
+        (m.in_channels in (1, 3), f"in-channels {m.in_channels}: 1 (grey) or 3 (RGB)"),
+        (c.workers is None or 0 <= c.workers <= 256, f"workers {c.workers}: 0 to 256"),
+        (c.eval_every > 0, f"eval-every {c.eval_every}: more than 0"),
+        (c.checkpoint_minutes >= 0, f"checkpoint-minutes {c.checkpoint_minutes}: at least 0"),
+        (c.keep_checkpoints >= 1, f"keep-checkpoints {c.keep_checkpoints}: at least 1"),
+        (c.log_every >= 1, f"log-every {c.log_every}: at least 1"),
+        (run.seed >= 0, f"seed {run.seed}: at least 0"),
+    ):
+        if not good:
+            raise InputError(f"--{message}")
+
+
+def save_config(run: RunConfig, path: str | os.PathLike) -> None:
+    Path(path).write_text(json.dumps(asdict(run), indent=2) + "\n")
+
+
+def load_config(path: str | os.PathLike) -> RunConfig:
+    """Inverse of `save_config`; InputError for a damaged file or an unknown field."""
+    try:
+        return _from_json(RunConfig, json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no configuration of a run ({error})") from None
+
+
+def _from_json(cls: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = values.keys() - hints.keys()
+    if unknown:
+        raise ValueError(f"unknown field {min(unknown)!r}{nearest(min(unknown), hints)}")
+    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _from_json(typing.cast(type, hint), value)
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and types.NoneType in options:
+            return None
+        return _value(next(option for option in options if option is not types.NoneType), value)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(args):
+            raise ValueError(f"{value!r} where {len(args)} numbers are needed")
+        return tuple(_value(kind, item) for kind, item in zip(args, value, strict=True))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{value!r} is none of {', '.join(args)}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{value!r} where {hint.__name__} is needed")
+    return value

@@ -53,6 +53,16 @@ class Activation(nn.Module):
         return f"{self.name}, gamma={self.gamma:.6g}"
 
 
+def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
+    """N(0, std²), cut at two deviations if `truncated`; nothing on "meta", whose kernel takes seconds to import."""
+    if weight.is_meta:
+        return
+    if truncated:
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    else:
+        nn.init.normal_(weight, std=std)
+
+
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after one side of `size` pixels, as TensorFlow's 'SAME' places them: the odd one goes after."""
     total = max(kernel - (size % stride or stride), 0)
@@ -84,7 +94,7 @@ class WSConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """LeCun normal over the fan-in, bias 0 (the gain starts at 1)."""
-        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        init_normal_(self.weight, self.weight[0].numel() ** -0.5)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
@@ -113,8 +123,7 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Linear(channels, hidden_channels)
         self.fc2 = nn.Linear(hidden_channels, channels)
         for fc in (self.fc1, self.fc2):
-            std = fc.in_features**-0.5  # haiku's default for linear layers: normal truncated at two deviations
-            nn.init.trunc_normal_(fc.weight, std=std, a=-2 * std, b=2 * std)
+            init_normal_(fc.weight, fc.in_features**-0.5, truncated=True)  # haiku's default for linear layers
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""Images in, batches out."""
+
+from normfree.data.loader import Batch, eval_batches, train_batches
+from normfree.data.sources import (
+    IMAGE_SUFFIXES,
+    ArrayImages,
+    FolderImages,
+    ImageSet,
+    UnreadableImage,
+    find_images,
+    median_short_side,
+    open_dataset,
+    open_evaluation,
+    read_image,
+)
+from normfree.data.transforms import EvalTransform, TrainTransform, normalize, sample_rng
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ArrayImages",
+    "Batch",
+    "EvalTransform",
+    "FolderImages",
+    "ImageSet",
+    "TrainTransform",
+    "UnreadableImage",
+    "eval_batches",
+    "find_images",
+    "median_short_side",
+    "normalize",
+    "open_dataset",
+    "open_evaluation",
+    "read_image",
+    "sample_rng",
+    "train_batches",
+]

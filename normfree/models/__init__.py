@@ -103,7 +103,9 @@ def save(model: NFNet, path: str | os.PathLike, info: ModelInfo | None = None) -
     """Writes `model` and `info` (default `model.info`) as one safetensors file that `load` and `predict` take."""
     info = info or model.info
     if info is None:
-        raise InputError("this network was not made by create_model: pass info=ModelInfo(architecture, num_classes, ...)")
+        raise InputError(
+            "this network was not made by create_model: pass info=ModelInfo(architecture, num_classes, ...)"
+        )
     write_weights(path, model.state_dict(), info)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree.config import InputError
-from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d, init_normal_
 from normfree.weights import ModelInfo
 
 Four = tuple[int, int, int, int]
@@ -47,9 +47,7 @@ VARIANTS |= {
     for name, variant in VARIANTS.items()
 }
 VARIANTS |= {  # ours: 28 to 64 px and 64 to 128 px, sized for CPUs
-    "nfnet_nano": Variant(
-        (1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 32, stem_channels=(16,), stem_strides=(1, 2)
-    ),
+    "nfnet_nano": Variant((1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 32, stem_channels=(16,), stem_strides=(1, 2)),
     "nfnet_micro": Variant(
         (1, 2, 4, 2), 0.2, 96, 128, (64, 128, 256, 384), 32, stem_channels=(16, 32), stem_strides=(2, 1, 2)
     ),
@@ -129,7 +127,7 @@ class ClassifierHead(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Linear(in_features, num_classes) if num_classes else nn.Identity()
         if isinstance(self.fc, nn.Linear):
-            nn.init.normal_(self.fc.weight, std=0.01)
+            init_normal_(self.fc.weight, 0.01)
             nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -285,6 +283,23 @@ class NFNet(nn.Module):
             return self.forward_intermediates(x)
         return self.forward_head(self.forward_features(x))
 
+    def count_macs(self, px: int) -> int:
+        """Multiply-adds of convolutions and linear layers for one px x px image; the paper prints them as FLOPs."""
+        total, side = 0, px
+        for conv in self.stem.children():
+            if isinstance(conv, WSConv2d):
+                side = -(-side // conv.stride[0])
+                total += side**2 * conv.weight.numel()
+        for block in self.modules():
+            if isinstance(block, NFBlock):
+                total += side**2 * block.conv0.weight.numel()
+                side = -(-side // block.stride)
+                for conv in (block.conv1, block.conv1b, block.conv2, block.conv_shortcut):
+                    total += side**2 * conv.weight.numel() if conv is not None else 0
+                total += block.se.fc1.weight.numel() + block.se.fc2.weight.numel()
+        total += side**2 * self.final_conv.weight.numel()
+        return total + (self.head.fc.weight.numel() if isinstance(self.head.fc, nn.Linear) else 0)
+
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
@@ -305,7 +320,9 @@ def _check_options(width, depth, bottleneck_width, stem_channels, stem_strides, 
         if four is not None and (len(four) != 4 or min(four) < 1):
             raise InputError(f"{name} {tuple(four)}: four positive numbers are needed, one a stage")
     if not stem_channels or len(stem_strides) != len(stem_channels) + 1:
-        raise InputError("stem_strides has one number more than stem_channels: the last convolution is width[0] / 2 wide")
+        raise InputError(
+            "stem_strides has one number more than stem_channels: the last convolution is width[0] / 2 wide"
+        )
     for name, rate in (("drop_rate", drop_rate), ("stochastic_depth", stochastic_depth)):
         if not 0 <= rate < 1:
             raise InputError(f"{name} {rate}: a rate lies in [0, 1)")

@@ -1,0 +1,12 @@
+"""Recipes: functions from a data path to a run. `normfree train --recipe NAME` starts from one of these."""
+
+from collections.abc import Callable
+
+from normfree.config import RunConfig
+from normfree.recipes import small
+
+RECIPES: dict[str, Callable[[str], RunConfig]] = {
+    "mnist5k": small.mnist5k,
+    "small_images": small.small_images,
+    "photos": small.photos,
+}

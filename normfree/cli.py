@@ -1,0 +1,242 @@
+"""The command line: `normfree VERB …`. Each verb parses its options and calls one function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from normfree.config import InputError, RunConfig, load_config, nearest
+
+HELP = """\
+usage: normfree VERB ...
+
+Image networks without normalization layers.
+
+  train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
+  eval WEIGHTS DATA       accuracy of a weight file, in total and per class
+  predict WEIGHTS PATH... labels for images and folders of images
+  models [PATTERN]        the networks: parameters, multiply-adds, published accuracy
+
+`normfree VERB --help` lists the options of a verb.
+"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier. Without DATA: 5,000 packaged digits, minutes on a laptop."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    recipe: str | None = None
+    """Where the defaults come from: mnist5k, small_images or photos; None: what fits the images."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint."""
+    out: str | None = None
+    """Run folder to create; None: runs/DATA-MODEL-1, or the next free number."""
+
+
+def train(args: Sequence[str]) -> None:
+    options: Train = parse(Train, "train", args)
+    from normfree.tasks import classification
+
+    if options.resume is not None:
+        folder = Path(options.resume)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
+        run = parse(Train, "train", args, replace(options, run=load_config(folder / "config.json"))).run
+        outcome = classification.resume(folder, run)
+    else:
+        run = classification.choose_recipe(options.recipe, options.run.data.path)
+        run = parse(Train, "train", args, replace(options, run=run)).run
+        folder = Path(options.out) if options.out else free_run_folder(run)
+        outcome = classification.start(run, folder)
+    best = folder / "best.safetensors"
+    top1 = outcome.last["top1"]
+    print(f"validation top-1 {top1:.2f} % at the end, {outcome.best:.2f} % at best (epoch {outcome.best_epoch:g})")
+    print(f"weights          {best} and {folder / 'last.safetensors'}")
+    print(f"predict          normfree predict {best} IMAGE_OR_FOLDER ...")
+    print(f"evaluate         normfree eval {best} {run.data.path}")
+    print(f"curves           tensorboard --logdir {folder}")
+
+
+def free_run_folder(run: RunConfig) -> Path:
+    """runs/DATA-MODEL-N with the smallest N that is free."""
+    stem = f"{Path(run.data.path).resolve().name}-{run.model.model}"
+    taken = (Path("runs") / f"{stem}-{n}" for n in range(1, 1_000_000))
+    return next(path for path in taken if not path.exists())
+
+
+def evaluate(
+    weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
+    data: Annotated[str, Positional, arg(metavar="DATA")],
+    px: int | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Accuracy of a weight file on an image folder (its validation split, if it has one) or a packaged set.
+
+    Args:
+        weights: Weight file that normfree wrote.
+        data: Image folder with the classes of the weights, or `mnist5k`.
+        px: Side of the images in pixels; None: what the weights say.
+        device: cuda, mps or cpu; None: the first that is there.
+        workers: Processes that read images; None: one less than the cores.
+    """
+    from normfree.tasks.classification import evaluate_weights
+
+    accuracy, info = evaluate_weights(weights, data, px, device, workers)
+    for line in accuracy.unreadable:
+        print(f"warning: not counted: {line}", file=sys.stderr)
+    rows = accuracy.per_class(info.class_names)
+    width = max(len(name) for name, _, _ in rows)
+    for name, right, images in rows:
+        print(f"{name:<{width}}  {100 * right / images:6.2f} %  {right}/{images}")
+    top5 = f", top-5 {accuracy.top5_percent:.2f} %" if info.num_classes > 5 else ""
+    print(f"top-1 {accuracy.top1_percent:.2f} %{top5} on {accuracy.num_images} images at {info.eval_px} px")
+
+
+def predict(
+    weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
+    paths: Annotated[tuple[str, ...], Positional, arg(metavar="PATH...")],
+    out: str | None = None,
+    top: int = 1,
+    device: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Label images: a table on standard output, or a file.
+
+    Args:
+        weights: Weight file that normfree wrote.
+        paths: Images and folders of images.
+        out: File to write, ending in .csv or .jsonl; None: standard output.
+        top: How many classes to give for each image.
+        device: cuda, mps or cpu; None: the first that is there.
+        workers: Processes that read images.
+    """
+    if not paths:
+        raise InputError("predict needs images: normfree predict WEIGHTS PATH ...")
+    if top < 1 or workers < 0:
+        raise InputError("--top is at least 1 and --workers at least 0")
+    from normfree.deploy.predict import write_predictions
+
+    write_predictions(weights, paths, out, top, device, workers)
+
+
+def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") -> None:
+    """The networks as a table; multiply-adds are for one image at the training and at the test pixels.
+
+    Args:
+        pattern: Shell pattern for the names, such as "nfnet_f*".
+    """
+    from normfree.analysis.zoo import zoo
+
+    print(
+        f"{'model':<15}{'params':>10}{'train px':>10}{'GMACs':>9}{'test px':>9}{'GMACs':>9}  published ImageNet top-1"
+    )
+    for row in zoo(pattern):
+        published = f"{row.published_top1:.1f} % (paper)" if row.published_top1 else "-"
+        print(
+            f"{row.name:<15}{row.params / 1e6:>8.2f} M{row.train_px:>10}{row.train_macs / 1e9:>9.2f}"
+            f"{row.test_px:>9}{row.test_macs / 1e9:>9.2f}  {published}"
+        )
+
+
+def run_function(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
+    return lambda args: parse(function, {"evaluate": "eval"}.get(function.__name__, function.__name__), args)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "eval": run_function(evaluate),
+    "predict": run_function(predict),
+    "models": run_function(models),
+}
+
+
+def parse(target: Callable[..., Any], verb: str, args: Sequence[str], default: Any = None) -> Any:
+    """tyro's parser for `target` over `args`, with errors in one line. A function is called, a class is filled."""
+    import tyro
+
+    known = sorted(option_names(target))
+    for token in args:
+        name = token.split("=")[0].replace("_", "-")
+        if token.startswith("--") and name not in (*known, "--help"):
+            raise InputError(f"{verb} has no option {token.split('=')[0]}{nearest(name, known)}")
+    given = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(target, prog=f"normfree {verb}", args=args, config=(OmitArgPrefixes,), **given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_first_sentence(said.getvalue(), verb)) from None
+
+
+def option_names(target: Any) -> Iterator[str]:
+    """Every --option of a function or dataclass, with the --no- form of flags."""
+    if dataclasses.is_dataclass(target):
+        hints = typing.get_type_hints(target)
+    else:
+        hints = {name: p.annotation for name, p in inspect.signature(target).parameters.items()}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            yield from option_names(hint)
+        else:
+            flag = name.replace("_", "-")
+            yield f"--{flag}"
+            if hint is bool:
+                yield f"--no-{flag}"
+
+
+def _first_sentence(box: str, verb: str) -> str:
+    """tyro's framed message, up to its first rule, on one line."""
+    lines = [re.sub(r"[╭╮╰╯│]", "", line).strip() for line in box.splitlines()[1:]]
+    message = []
+    for line in lines:
+        if not line or set(line) <= {"─"}:
+            break
+        message.append(line)
+    return " ".join(message) or f"these options cannot be used; see normfree {verb} --help"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0; 1 the run failed; 2 bad input; 128 + n stopped by signal n."""
+    args = sys.argv[1:] if args is None else list(args)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    try:
+        if args[0] not in VERBS:
+            raise InputError(f"no verb {args[0]!r}{nearest(args[0], VERBS)}; there are {', '.join(VERBS)}")
+        VERBS[args[0]](args[1:])
+    except InputError as error:
+        _fail(str(error), 2)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+    except RuntimeError as error:
+        from normfree.engine.loop import Diverged, Interrupted
+
+        if not isinstance(error, Diverged | Interrupted):
+            raise
+        _fail(str(error), error.exit_code if isinstance(error, Interrupted) else 1)
+
+
+def _fail(message: str, code: int) -> typing.NoReturn:
+    print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,184 @@
+"""From one decoded image to one tensor of fixed size: training crops and the evaluation crops of the paper's code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from normfree.config import InputError
+
+_CROP_PADDING_PX = 32  # of both of the authors' evaluation crops
+_KEYS_TABLE_SIZE = 1024
+
+Taps = tuple[np.ndarray, np.ndarray]
+
+
+def sample_rng(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers for one image in one epoch: the same on any worker, machine and resumed run.
+
+    A counter-based generator, so that the sequences of two keys never overlap. Each argument is in 0..2^64 - 1.
+    `stream` separates purposes that share a key: 0 is augmentation, the loader takes 1 and 2.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, index, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop to `px`, then a horizontal flip with probability 1/2 (`flip`).
+
+    The crop's share of the area is uniform in [`min_area`, 1], the logarithm of its width / height uniform between
+    those of 1 / `max_ratio` and `max_ratio`, its place uniform (Szegedy et al. 2015, as torchvision does it).
+    """
+
+    px: int
+    min_area: float = 0.08
+    max_ratio: float = 4 / 3
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.px < 1 or not 0 < self.min_area <= 1 or self.max_ratio < 1:
+            raise InputError(f"{self}: px must be positive, min_area in (0, 1], max_ratio at least 1")
+
+    @property
+    def min_px(self) -> int:
+        """The short side at which even the smallest crop has `px` pixels of its own: for `read_image`'s `min_px`."""
+        return math.ceil(self.px * math.sqrt(self.max_ratio / self.min_area))
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """A uint8 tensor (C, px, px) of an L or RGB image of any size."""
+        box = self.crop_box(image.width, image.height, rng)
+        pixels = np.asarray(image.resize((self.px, self.px), Image.Resampling.BICUBIC, box=box))
+        return _to_tensor(pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels)
+
+    def crop_box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Left, upper, right, lower in whole pixels. After ten crops that do not fit, the largest central one."""
+        log_ratio = math.log(self.max_ratio)
+        for _ in range(10):
+            area = rng.uniform(self.min_area, 1) * width * height
+            ratio = math.exp(rng.uniform(-log_ratio, log_ratio))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, upper = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return left, upper, left + w, upper + h
+        w, h = min(width, round(height * self.max_ratio)), min(height, round(width * self.max_ratio))
+        left, upper = (width - w) // 2, (height - h) // 2
+        return left, upper, left + w, upper + h
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """One of three deterministic crops of `px` x `px`.
+
+    - `center`: the short side resized to `px / crop_fraction` with antialiasing, then the middle; uint8.
+    - `resize_crop`: the whole picture squeezed to a square of `px` + 32, then the middle: the NFNets' evaluation.
+    - `crop_resize`: a square of px / (px + 32) of the short side from the middle, resized: the NF-ResNets'.
+
+    The last two are the authors' (imagenet_dataset.py of their release) to the last bits of float32: TensorFlow's
+    bicubic, which has no antialiasing; float32, 0..255 with overshoot, as it is not clamped.
+    """
+
+    px: int
+    crop: Literal["center", "resize_crop", "crop_resize"] = "center"
+    crop_fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.px < 1 or not 0 < self.crop_fraction <= 1:
+            raise InputError(f"{self}: px must be positive, crop_fraction in (0, 1]")
+        if self.crop not in ("center", "resize_crop", "crop_resize"):
+            raise InputError(f"crop is {self.crop!r}; it must be center, resize_crop or crop_resize")
+
+    @property
+    def min_px(self) -> int | None:
+        """For `read_image`: twice what `center` resizes to, so that antialiasing keeps its work; else None, all."""
+        return 2 * round(self.px / self.crop_fraction) if self.crop == "center" else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(C, px, px) of an L or RGB image of any size: uint8 for `center`, else float32."""
+        if self.crop == "center":
+            return _to_tensor(self._center(image))
+        return _to_tensor(self._resize_crop(image) if self.crop == "resize_crop" else self._crop_resize(image))
+
+    def _center(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop in one step, so that a picture of 10,000 x 1 pixels does not grow on the way."""
+        short = round(self.px / self.crop_fraction)
+        box: list[float] = []
+        for side in image.size:
+            resized = int(short * side / min(image.size))
+            start = round((resized - self.px) / 2)
+            box.append(start * side / resized)
+            box.append((start + self.px) * side / resized)
+        left, right, upper, lower = box
+        size = (self.px, self.px)
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=(left, upper, right, lower)))
+
+    def _resize_crop(self, image: Image.Image) -> np.ndarray:
+        start, size = _CROP_PADDING_PX // 2, self.px + _CROP_PADDING_PX
+        middle = slice(start, start + self.px)
+        return _resize(image, _keys_taps(image.height, size, middle), _keys_taps(image.width, size, middle))
+
+    def _crop_resize(self, image: Image.Image) -> np.ndarray:
+        share = np.float32(self.px / (self.px + _CROP_PADDING_PX))
+        side = max(1, int(share * np.float32(min(image.size))))  # theirs has no max: it fails on a picture of one pixel
+        left, upper = (image.width - side + 1) // 2, (image.height - side + 1) // 2
+        taps = _keys_taps(side, self.px, slice(None))
+        return _resize(image.crop((left, upper, left + side, upper + side)), taps, taps)
+
+
+def _keys_taps(in_px: int, out_px: int, part: slice) -> Taps:
+    """Source indexes and weights, both (outputs, 4), of TensorFlow's bicubic for the outputs in `part`.
+
+    resize_bicubic_op.cc: Keys' kernel with a = -0.5 at half-pixel centres, read from a table of 1,024 steps (which
+    moves a photograph by up to 0.07 grey levels); taps beyond the edge count for nothing, the others are scaled to sum
+    to 1.
+    """
+    scale = np.float32(in_px) / np.float32(out_px)
+    centre = (np.arange(out_px, dtype=np.float32)[part] + np.float32(0.5)) * scale - np.float32(0.5)
+    first = np.floor(centre)
+    t = np.rint((centre - first) * _KEYS_TABLE_SIZE)[:, None].astype(np.float64) / _KEYS_TABLE_SIZE
+    near, far = np.hstack([t, 1 - t]), np.hstack([1 + t, 2 - t])
+    inner = (1.5 * near - 2.5) * near**2 + 1
+    outer = ((-0.5 * far + 2.5) * far - 4) * far + 2
+    weights = np.stack([outer[:, 0], inner[:, 0], inner[:, 1], outer[:, 1]], axis=1)
+    indexes = first[:, None].astype(np.int64) + np.arange(-1, 3)
+    weights = np.where((indexes >= 0) & (indexes < in_px), weights, 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return indexes.clip(0, in_px - 1), weights.astype(np.float32)
+
+
+def _resize(image: Image.Image, rows: Taps, columns: Taps) -> np.ndarray:
+    """(height, width, C) float32 from the taps of each output row and column."""
+    tall = _interpolate(np.atleast_3d(np.asarray(image)), rows)
+    return _interpolate(tall.swapaxes(0, 1), columns).swapaxes(0, 1)
+
+
+def _interpolate(pixels: np.ndarray, taps: Taps) -> np.ndarray:
+    """Along the first axis of three, float32."""
+    indexes, weights = taps
+    result = weights[:, 0, None, None] * pixels[indexes[:, 0]]
+    for k in range(1, 4):
+        result += weights[:, k, None, None] * pixels[indexes[:, k]]
+    return result
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W) or (H, W, C) to a contiguous (C, H, W) that owns its memory."""
+    return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - 255 mean) / (255 std) of images (N, C, H, W) in 0..255, uint8 or float, as float32 on the same device.
+
+    `mean` and `std` have C numbers in units of the full range.
+    """
+    shift = torch.tensor([255 * m for m in mean], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    scale = torch.tensor([255 * s for s in std], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return (images.float() - shift).div_(scale)

@@ -1,0 +1,143 @@
+"""Checkpoints to resume from: whole or not there at all, and free of pickles.
+
+A checkpoint is a folder `step-00001234` with safetensors files (written through torch.distributed.checkpoint) and
+`manifest.json`: the step, further JSON state, and size and SHA-256 of every file. It is written beside its final name
+and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from normfree.config import InputError
+
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """str() is the reason."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes `folder/step-…`, then removes all but the newest `keep` and what interrupted writes left behind."""
+    from torch.distributed import checkpoint as dcp  # takes seconds to import, as does all that uses it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"partial-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}  # safetensors takes no strides
+    with _quiet():
+        dcp.save(packed, storage_writer=dcp.HuggingFaceStorageWriter(str(partial)), no_dist=True)
+    files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(partial.iterdir())}
+    manifest = {"format": 1, "step": step, "names": sorted(packed), "files": files, "extra": dict(extra)}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in partial.iterdir():
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync(folder)
+    for old in _all_steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for stale in folder.glob("partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads a checkpoint into the tensors of `into`, in place; returns its manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, of another size or sum, or a tensor is of another shape.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    manifest = verify(path)
+    if manifest["names"] != sorted(into):
+        other = sorted(set(manifest["names"]) ^ set(into))[0]
+        raise DamagedCheckpoint(f"it belongs to another network (tensor {other!r})")
+    packed = {name: tensor.detach().contiguous() for name, tensor in into.items()}
+    try:
+        with _quiet():
+            dcp.load(packed, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    except Exception as error:  # whatever torch's reader makes of bytes that pass their checksum
+        raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from None
+    for name, tensor in into.items():
+        tensor.detach().copy_(packed[name])
+    return manifest
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all as it says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, (size, checksum) in manifest["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size or _sha256(file) != checksum:
+                raise DamagedCheckpoint(f"{name} is missing or differs from the manifest")
+        manifest["step"], manifest["names"], manifest["extra"]  # noqa: B018, a KeyError here is damage too
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"its manifest cannot be used ({error})") from None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    damaged = []
+    for path in reversed(_all_steps(folder)):
+        try:
+            verify(path)
+            return path, damaged
+        except DamagedCheckpoint as reason:
+            damaged.append(f"checkpoint {path} is damaged and is passed over: {reason}")
+    return None, damaged
+
+
+def new_run_folder(path: Path) -> Path:
+    """Creates a run's folder; InputError where something is there already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists: go on with it by --resume {path}, or name another folder with --out")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
+    return path
+
+
+def _all_steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that no process group exists; one process needs none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

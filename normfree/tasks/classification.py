@@ -1,0 +1,243 @@
+"""Image classification: what a `RunConfig` means, and the verbs `train` and `eval`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.config import InputError, RunConfig, load_config, nearest, save_config, validate
+from normfree.data import (
+    ArrayImages,
+    Batch,
+    EvalTransform,
+    ImageSet,
+    TrainTransform,
+    eval_batches,
+    median_short_side,
+    open_dataset,
+    open_evaluation,
+    train_batches,
+)
+from normfree.engine.checkpoint import new_run_folder
+from normfree.engine.distributed import pick_device
+from normfree.engine.evaluate import Accuracy, autocast, evaluate, prepare
+from normfree.engine.log import ProgressBar
+from normfree.engine.loop import Outcome, Plan, eval_steps, train
+from normfree.models import NFNet, create_model, load, save
+from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
+from normfree.recipes import RECIPES
+from normfree.weights import ModelInfo
+
+EVAL_BATCH = 64
+
+
+@dataclass
+class Classification:
+    """The loop's task: images and labels, cross-entropy with label smoothing, top-1 and top-5 accuracy."""
+
+    model: NFNet
+    info: ModelInfo
+    train_set: ImageSet
+    validation_set: ImageSet
+    run: RunConfig
+    device: torch.device
+    _seen: set[str] = field(default_factory=set)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        data = self.run.data
+        transform = TrainTransform(self.info.train_px, min_area=data.min_area, flip=data.flip)
+        return train_batches(
+            self.train_set,
+            transform,
+            batch_size=self.run.optim.batch_size,
+            seed=self.run.seed,
+            start_step=start_step,
+            stop_step=stop_step,
+            workers=pick_workers(self.run.machine.workers, self.train_set),
+            channels=self.info.in_channels,
+            min_px=transform.min_px,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        images = prepare(batch.images, self.info.mean, self.info.std, self.device)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        with autocast(self.device, self.run.precision):
+            logits = self.model(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.run.optim.label_smoothing)
+
+    def notices(self, batch: Batch) -> list[str]:
+        new = [line for line in batch.unreadable if line not in self._seen]
+        self._seen.update(new)
+        allowed = self.run.data.max_unreadable * len(self.train_set)
+        if len(self._seen) > allowed:
+            raise InputError(
+                f"{len(self._seen)} of {len(self.train_set)} training images cannot be read, more than --max-unreadable "
+                f"{self.run.data.max_unreadable:g} allows; the last was {batch.unreadable[-1]}"
+            )
+        return new
+
+    def evaluate(self, show: Callable[[int, int], None]) -> dict[str, float]:
+        workers = pick_workers(self.run.machine.workers, self.validation_set)
+        accuracy = evaluate_images(
+            self.model, self.info, self.validation_set, self.device, workers, self.run.precision, show
+        )
+        figures = {"top1": accuracy.top1_percent}
+        return figures | ({"top5": accuracy.top5_percent} if self.info.num_classes > 5 else {})
+
+    def save(self, path: Path) -> None:
+        save(self.model, path, self.info)
+
+
+def pick_workers(workers: int | None, images: ImageSet) -> int:
+    """Reading processes: none for images that are in memory, else a core is left for the network."""
+    if workers is not None:
+        return workers
+    return 0 if isinstance(images, ArrayImages) else min(8, max(1, (os.cpu_count() or 2) - 1))
+
+
+def evaluate_images(
+    model: NFNet,
+    info: ModelInfo,
+    images: ImageSet,
+    device: torch.device,
+    workers: int,
+    precision: str = "float32",
+    show: Callable[[int, int], None] = lambda seen, total: None,
+) -> Accuracy:
+    """Accuracy of `model` on `images`, prepared as `info` says; `show(seen, total)` is told of the progress."""
+    transform = EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
+    batches = eval_batches(
+        images, transform, batch_size=EVAL_BATCH, workers=workers, channels=info.in_channels, min_px=transform.min_px
+    )
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for i, batch in enumerate(batches, 1):
+            yield batch
+            show(min(i * EVAL_BATCH, len(images)), len(images))
+
+    return evaluate(model, counted(batches), info.num_classes, info.mean, info.std, device, precision)
+
+
+def choose_recipe(name: str | None, path: str) -> RunConfig:
+    """The recipe called `name`, or the one that fits the images at `path`."""
+    if name is not None and name not in RECIPES:
+        raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
+    if name is None:
+        if path in RECIPES:  # a packaged set with a recipe of its own
+            name = path
+        else:
+            name = "small_images" if median_short_side(open_dataset(path)[0]) < 64 else "photos"
+    return RECIPES[name](path)
+
+
+def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
+    """Everything that the loop needs, from the configuration alone."""
+    validate(run)
+    device = pick_device(run.machine.device)
+    train_set, validation_set = open_dataset(
+        run.data.path, validation_fraction=run.data.validation_fraction, seed=run.seed
+    )
+    m, o = run.model, run.optim
+    if o.batch_size > len(train_set):
+        raise InputError(f"--batch-size {o.batch_size} is more than the {len(train_set)} training images")
+    torch.manual_seed(run.seed)
+    num_classes = len(train_set.class_names)
+    model = create_model(m.model, num_classes, m.in_channels, m.init, **m.overrides())
+    assert model.info is not None
+    if m.freeze:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    info = replace(
+        model.info,
+        class_names=tuple(train_set.class_names),
+        train_px=run.data.train_px or model.info.train_px,
+        eval_px=run.data.eval_px or model.info.eval_px,
+        eval_crop=run.data.eval_crop,
+        crop_fraction=run.data.crop_fraction,
+        source=f"normfree train {run.data.path}",
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    task = Classification(model, info, train_set, validation_set, run, device)
+
+    optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
+    steps_per_epoch = len(train_set) / o.batch_size
+    total_steps = max(1, round(o.epochs * steps_per_epoch))
+
+    def lr_at(step: int) -> float:
+        return warmup_cosine(
+            step, peak_lr=o.lr, total_steps=total_steps, warmup_steps=o.warmup_epochs * steps_per_epoch
+        )
+
+    plan = Plan(
+        total_steps,
+        eval_steps(total_steps, steps_per_epoch, run.machine.eval_every),
+        o.batch_size,
+        steps_per_epoch,
+        lr_at,
+    )
+    return task, optimizer, EMA(model, o.ema_decay), plan
+
+
+def start(run: RunConfig, folder: Path) -> Outcome:
+    """Trains in a new run folder. Everything that can be wrong is found before the folder is made."""
+    task, optimizer, ema, plan = build(run)
+    new_run_folder(folder)
+    print(describe(task, plan, folder), file=sys.stderr)
+    save_config(run, folder / "config.json")
+    return train(task, optimizer, ema, plan, run.machine, folder, run.seed)
+
+
+def resume(folder: Path, run: RunConfig | None = None) -> Outcome:
+    """Goes on with a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
+    saved = load_config(folder / "config.json")
+    run = run or saved
+    if replace(run, machine=saved.machine) != saved:
+        raise InputError(f"--resume goes on with {folder} as it was configured; only the machine options may change")
+    task, optimizer, ema, plan = build(run)
+    print(describe(task, plan, folder), file=sys.stderr)
+    return train(task, optimizer, ema, plan, run.machine, folder, run.seed, resume=True)
+
+
+def describe(task: Classification, plan: Plan, folder: Path) -> str:
+    """What is about to happen, in three lines."""
+    info, run = task.info, task.run
+    millions = sum(p.numel() for p in task.model.parameters()) / 1e6
+    return (
+        f"data     {run.data.path}: {len(task.train_set)} training and {len(task.validation_set)} validation images, "
+        f"{info.num_classes} classes\n"
+        f"network  {info.architecture}, {millions:.1f} M parameters, {info.train_px} px in training and {info.eval_px} px "
+        f"in evaluation, {run.precision} on {task.device}\n"
+        f"run      {run.optim.epochs:g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
+    )
+
+
+def evaluate_weights(
+    weights: str, data: str, px: int | None = None, device: str | None = None, workers: int | None = None
+) -> tuple[Accuracy, ModelInfo]:
+    """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's)."""
+    where = pick_device(device)
+    model = load(weights)
+    assert model.info is not None
+    info = replace(model.info, eval_px=px or model.info.eval_px)
+    if not info.class_names:
+        raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
+    images = open_evaluation(data, info.class_names)
+    model = model.to(where, memory_format=torch.channels_last)
+    bar = ProgressBar("evaluate", len(images), unit="images")
+    try:
+        accuracy = evaluate_images(
+            model, info, images, where, pick_workers(workers, images), show=lambda n, _: bar.update(n)
+        )
+    finally:
+        bar.close()
+    if accuracy.num_images == 0:
+        raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}")
+    return accuracy, info

@@ -1,0 +1,265 @@
+"""The training stream as a function of (seed, step), evaluation in order, and what becomes of unreadable images."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normfree.config import InputError
+from normfree.data import (
+    ArrayImages,
+    Batch,
+    EvalTransform,
+    FolderImages,
+    TrainTransform,
+    eval_batches,
+    open_evaluation,
+    train_batches,
+)
+
+NUM_IMAGES, BATCH_SIZE = 23, 5
+
+
+def arrays(count: int = NUM_IMAGES) -> ArrayImages:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
+    names = [f"array/{index}" for index in range(count)]
+    return ArrayImages(class_names=("even", "odd"), targets=[i % 2 for i in range(count)], pixels=pixels, names=names)
+
+
+def stream(images: Any = None, start: int = 0, stop: int = 14, workers: int = 0, seed: int = 7) -> list[Batch]:
+    images = arrays() if images is None else images
+    return list(
+        train_batches(
+            images,
+            TrainTransform(8),
+            batch_size=BATCH_SIZE,
+            seed=seed,
+            start_step=start,
+            stop_step=stop,
+            workers=workers,
+        )
+    )
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.indices, b.indices)
+        assert a.unreadable == b.unreadable
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """24 pictures of 2 classes, of which `a/03.png` and `b/05.png` cannot be read."""
+    rng = np.random.default_rng(1)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number:02d}.png")
+    (tmp_path / "a/03.png").write_bytes(b"")
+    (tmp_path / "b/05.png").write_bytes(b"no pixels")
+    return tmp_path
+
+
+# --- the training stream ---
+
+
+def test_batches_are_full_and_typed() -> None:
+    for batch in stream():
+        assert batch.images.shape == (BATCH_SIZE, 3, 8, 8)
+        assert batch.images.dtype == torch.uint8
+        assert batch.targets.dtype == batch.indices.dtype == torch.int64
+        assert torch.equal(batch.targets, batch.indices % 2)
+        assert batch.unreadable == ()
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    order = torch.cat([batch.indices for batch in stream()]).tolist()
+    epochs = [tuple(order[start : start + NUM_IMAGES]) for start in range(0, 3 * NUM_IMAGES, NUM_IMAGES)]
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    assert len(set(epochs)) == 3
+    assert order[:NUM_IMAGES] != list(range(NUM_IMAGES))
+    assert torch.cat([batch.indices for batch in stream(seed=8)]).tolist() != order
+
+
+def test_an_image_is_cropped_anew_each_epoch() -> None:
+    crops = torch.cat([batch.images[batch.indices == 4] for batch in stream()])
+    assert len(crops) >= 3
+    assert not torch.equal(crops[0], crops[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_anywhere_gives_the_rest_of_the_stream(workers: int) -> None:
+    whole = stream()
+    for start in (1, 4, 9) if workers == 0 else (4,):  # step 4 straddles the end of the first epoch
+        assert_same(stream(start=start, workers=workers), whole[start:])
+
+
+def test_workers_do_not_change_anything() -> None:
+    assert_same(stream(workers=2), stream())
+
+
+def test_spawned_workers_do_not_change_anything(folder: Path) -> None:
+    images = open_evaluation(str(folder), ["a", "b"])
+    method = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        spawned = stream(images, workers=1, stop=4)
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert_same(spawned, stream(images, stop=4))
+
+
+def test_more_workers_than_cores_are_no_reason_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._utils.cpu_count", lambda: 1)
+    assert_same(stream(workers=2, stop=2), stream(stop=2))
+
+
+def test_neither_pinning_without_accelerator_warns_nor_is_torchs_generator_moved() -> None:
+    before = torch.get_rng_state()
+    batches = train_batches(
+        arrays(),
+        TrainTransform(8),
+        batch_size=5,
+        seed=7,
+        start_step=0,
+        stop_step=2,
+        workers=0,
+        pin_memory=True,
+    )
+    assert_same(list(batches), stream(stop=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_grey_images() -> None:
+    batches = train_batches(
+        arrays(), TrainTransform(8), batch_size=5, seed=0, start_step=0, stop_step=1, workers=0, channels=1
+    )
+    assert next(batches).images.shape == (5, 1, 8, 8)
+
+
+def test_min_px_is_passed_on(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.jpg")
+    images = FolderImages(class_names=("a",), targets=[0], root=str(tmp_path), paths=["0.jpg"])
+    sizes = []
+
+    def note(image: Image.Image, _: np.random.Generator) -> torch.Tensor:
+        sizes.append(image.size)
+        return torch.zeros(1, 1, 1, dtype=torch.uint8)
+
+    for min_px in (None, 30):
+        list(train_batches(images, note, batch_size=1, seed=0, start_step=0, stop_step=1, workers=0, min_px=min_px))
+    assert sizes == [(64, 64), (32, 32)]
+
+
+def test_a_batch_larger_than_the_data_set() -> None:
+    with pytest.raises(InputError, match="batch size is 5 but there are 4 training images; 4 is the largest") as caught:
+        train_batches(arrays(4), TrainTransform(8), batch_size=5, seed=0, start_step=0, stop_step=1, workers=0)
+    assert "\n" not in str(caught.value)
+    assert len(stream(arrays(5), stop=2)) == 2
+
+
+def test_interrupts_are_left_to_the_main_process() -> None:
+    """Ctrl-C must not take the workers away from a run that is about to write its last checkpoint."""
+    batches = train_batches(
+        SlowImages(**vars(arrays())), TrainTransform(8), batch_size=5, seed=7, start_step=0, stop_step=6, workers=1
+    )
+    received = [next(batches)]
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGINT)
+    received += batches
+    assert_same(received, stream(stop=6))
+
+
+class SlowImages(ArrayImages):
+    """Slow enough for the workers to be at work still when the first batch arrives."""
+
+    def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
+        time.sleep(0.02)
+        return super().read(index, channels, min_px)
+
+
+# --- unreadable images ---
+
+
+def test_unreadable_images_are_replaced_and_reported(folder: Path) -> None:
+    images = open_evaluation(str(folder), ["a", "b"])
+    batches = stream(images, stop=24)  # 120 places = 5 epochs
+    bad = {images.paths.index(name) for name in ("a/03.png", "b/05.png")} if isinstance(images, FolderImages) else set()
+    shown = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(bad) == 2
+    assert not bad & set(shown)
+    assert all(batch.images.shape == (BATCH_SIZE, 3, 8, 8) for batch in batches)
+    assert all(batch.targets.tolist() == [images.targets[i] for i in batch.indices.tolist()] for batch in batches)
+    reports = Counter(report for batch in batches for report in batch.unreadable)
+    assert set(reports) == {"a/03.png: the file is empty", "b/05.png: not an image in a known format"}
+    assert min(reports.values()) >= 5
+    assert_same(stream(images, stop=24, workers=2), batches)
+    assert_same(stream(images, start=11, stop=24), batches[11:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_an_error_of_one_line(workers: int, folder: Path) -> None:
+    for path in folder.glob("*/*.png"):
+        path.write_bytes(b"")
+    images = open_evaluation(str(folder), ["a", "b"])
+    with pytest.raises(InputError, match=r"cannot read [ab]/\d\d.png nor 20 others .* the file is empty$") as caught:
+        stream(images, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+# --- evaluation ---
+
+
+def evaluate(images: Any, workers: int, batch_size: int = 5, **options: Any) -> Iterator[Batch]:
+    return eval_batches(images, EvalTransform(8), batch_size=batch_size, workers=workers, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_image_once_in_order(workers: int) -> None:
+    images = arrays()
+    batches = list(evaluate(images, workers))
+    assert [len(batch.images) for batch in batches] == [5, 5, 5, 5, 3]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(NUM_IMAGES))
+    assert torch.cat([batch.targets for batch in batches]).tolist() == images.targets
+    assert torch.equal(batches[4].images[2], EvalTransform(8)(images.read(22)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_unreadable_images_out(workers: int, folder: Path) -> None:
+    images = open_evaluation(str(folder), ["b", "a"])
+    batches = list(evaluate(images, workers))
+    assert [len(batch.images) for batch in batches] == [4, 5, 5, 4, 4]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [i for i in range(24) if i not in (3, 17)]
+    assert torch.cat([batch.targets for batch in batches]).tolist() == [1] * 11 + [0] * 11
+    assert [batch.unreadable for batch in batches if batch.unreadable] == [
+        ("a/03.png: the file is empty",),
+        ("b/05.png: not an image in a known format",),
+    ]
+
+
+@pytest.mark.parametrize(("crop", "dtype"), [("center", torch.uint8), ("resize_crop", torch.float32)])
+def test_a_batch_of_unreadable_images_is_empty(crop: Any, dtype: torch.dtype, folder: Path) -> None:
+    images = open_evaluation(str(folder), ["a", "b"]).subset([3, 17, 0])
+    batches = list(eval_batches(images, EvalTransform(8, crop), batch_size=2, workers=0, channels=1))
+    assert batches[0].images.shape == (0, 1, 8, 8)
+    assert batches[0].images.dtype == batches[1].images.dtype == dtype
+    assert batches[0].targets.dtype == batches[0].indices.dtype == torch.int64
+    assert len(batches[0].targets) == len(batches[0].indices) == 0
+    assert len(batches[0].unreadable) == 2
+    assert len(batches[1].images) == 1

