@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 Four = tuple[int, int, int, int]
+EvalCrop = Literal["center", "resize_crop", "crop_resize"]
 
 
 class InputError(ValueError):
@@ -76,7 +77,7 @@ class DataConfig:
     """Smallest share of a picture that a random training crop covers."""
     flip: bool = True
     """Mirror half of the training images; off where left and right differ, as in digits."""
-    eval_crop: Literal["center", "resize_crop", "crop_resize"] = "center"
+    eval_crop: EvalCrop = "center"
     """center: keep the aspect, resize with antialiasing, crop. The others are the authors' crops."""
     crop_fraction: float = 1.0
     """Share of the short side that the center crop keeps."""

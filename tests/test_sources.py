@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from normfree.config import InputError
 from normfree.data import (
@@ -199,6 +200,9 @@ def test_damaged_exif_does_not_matter() -> None:
     image = Image.new("RGB", (8, 8), COLOUR)
     data = encode(image, "JPEG", quality=100, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff not a directory")
     np.testing.assert_allclose(read_pixels(data)[0, 0], COLOUR, atol=2)
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n 9\nthis is not hexadecimal")
+    assert read_pixels(encode(image, pnginfo=text))[0, 0].tolist() == list(COLOUR)
 
 
 def test_first_frame_of_an_animation() -> None:

@@ -53,7 +53,7 @@ def predict(
     if not info.num_classes:
         raise InputError(f"{weights} has no classifier")
     names = info.class_names or tuple(str(i) for i in range(info.num_classes))
-    model = model.to(where, memory_format=torch.channels_last)
+    model = model.to(where).to(memory_format=torch.channels_last)
     transform = EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
     images = FolderImages(class_names=names, targets=[0] * len(files), root="", paths=files)
     batches = eval_batches(

@@ -88,7 +88,7 @@ def verify(path: Path) -> dict[str, Any]:
             file = path / name
             if not file.is_file() or file.stat().st_size != size or _sha256(file) != checksum:
                 raise DamagedCheckpoint(f"{name} is missing or differs from the manifest")
-        manifest["step"], manifest["names"], manifest["extra"]  # noqa: B018, a KeyError here is damage too
+        manifest["step"], manifest["names"], manifest["extra"]  # a KeyError here is damage too
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"its manifest cannot be used ({error})") from None
@@ -106,15 +106,19 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def new_run_folder(path: Path) -> Path:
-    """Creates a run's folder; InputError where something is there already."""
+def check_free(path: Path) -> None:
+    """InputError where a run's folder is to be and something is there already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists: go on with it by --resume {path}, or name another folder with --out")
+
+
+def new_run_folder(path: Path) -> None:
+    """Creates a run's folder, which may exist as long as it is empty."""
+    check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
-    return path
 
 
 def _all_steps(folder: Path) -> list[Path]:

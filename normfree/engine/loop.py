@@ -37,7 +37,8 @@ class Interrupted(RuntimeError):
 class Task(Protocol):
     """What the loop needs to know of a task."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Any]: ...
 
@@ -167,15 +168,11 @@ def train(
                     _evaluate(task, ema, plan, done, extra, folder, log, bar)
                     checkpoint(done)
                     last_log += time.monotonic() - before  # images/s is of training alone
-                elif (
-                    signals.received is not None or time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60
-                ):
+                elif signals.received or time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60:
                     checkpoint(done)
-                if signals.received is not None and done < plan.total_steps:
-                    raise Interrupted(
-                        f"stopped after step {done} of {plan.total_steps}; go on with: normfree train --resume {folder}",
-                        128 + signals.received,
-                    )
+                if signals.received and done < plan.total_steps:
+                    where = f"stopped after step {done} of {plan.total_steps}"
+                    raise Interrupted(f"{where}; go on with: normfree train --resume {folder}", 128 + signals.received)
         finally:
             bar.close()
             log.close()

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfree.config import InputError, nearest
 from normfree.models.nfnet import VARIANTS, FeatureInfo, NFNet, Variant
-from normfree.weights import ModelInfo, read_weights, write_weights
+from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo, read_weights, write_weights
 
 __all__ = ["FeatureInfo", "NFNet", "Variant", "create_model", "find_variant", "list_models", "load", "save"]
 
@@ -69,9 +69,16 @@ def create_model(
     own = {key: value for key, value in asdict(variant).items() if key in OPTIONS}
     model = NFNet(num_classes=num_classes, in_channels=in_channels, **(own | overrides))
     # a mean and a deviation for every input channel; ImageNet's belong to RGB
-    pixels = {} if in_channels == 3 else dict(mean=(0.5,) * in_channels, std=(0.25,) * in_channels)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.5,) * in_channels, (0.25,) * in_channels)
     model.info = ModelInfo(
-        name, num_classes, in_channels, overrides, train_px=variant.train_px, eval_px=variant.eval_px, **pixels
+        name,
+        num_classes,
+        in_channels,
+        overrides,
+        train_px=variant.train_px,
+        eval_px=variant.eval_px,
+        mean=mean,
+        std=std,
     )
     if weights is not None:
         state, info = read_weights(weights)

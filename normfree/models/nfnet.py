@@ -1,4 +1,4 @@
-"""NFNets (Brock, De, Smith, Simonyan 2021, arXiv 2102.06171): F0 to F7, their wide versions, and small ones of our own."""
+"""NFNets (Brock, De, Smith, Simonyan 2021, arXiv 2102.06171): F0 to F7, wide versions, and small ones of our own."""
 
 from __future__ import annotations
 
@@ -305,10 +305,10 @@ class NFNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none."""
-        weight = self.stem[0].weight
+        like = next(self.parameters())
         self.num_classes = num_classes
         self.head = ClassifierHead(self.num_features, num_classes, self.drop_rate, self.head.scale)
-        self.head.to(weight.device, weight.dtype)
+        self.head.to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

@@ -122,7 +122,7 @@ def as_groups(params_or_groups: Any, clipping: float | None, eps: float) -> list
     items = list(params_or_groups)
     if not items or not isinstance(items[0], dict):
         items = [{"params": items}]
-    groups = [{"clipping": clipping, "eps": eps} | group for group in items]
+    groups: list[dict[str, Any]] = [{"clipping": clipping, "eps": eps} | group for group in items]
     for group in groups:
         check_clipping(group["clipping"], group["eps"])
     return groups

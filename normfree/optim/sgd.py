@@ -42,7 +42,7 @@ class SGD_AGC(torch.optim.Optimizer):
     Gradients are consumed: after `step` their values are not the gradients any more.
 
     Args:
-        params: parameters or groups; a group may set any of the options. `param_groups(model)` makes the authors' three.
+        params: parameters or groups; a group may set any of the options. `param_groups(model)` makes the authors'.
         lr: learning rate; the paper's peak is 0.1 * batch / 256.
         weight_decay: coupled, not multiplied by the learning rate schedule on its own.
         clipping: λ of AGC; None clips nothing.
@@ -81,7 +81,7 @@ class SGD_AGC(torch.optim.Optimizer):
             raise InputError("Nesterov momentum needs a momentum above 0")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -25,7 +25,7 @@ from normfree.data import (
     open_evaluation,
     train_batches,
 )
-from normfree.engine.checkpoint import new_run_folder
+from normfree.engine.checkpoint import check_free, new_run_folder
 from normfree.engine.distributed import pick_device
 from normfree.engine.evaluate import Accuracy, autocast, evaluate, prepare
 from normfree.engine.log import ProgressBar
@@ -79,8 +79,8 @@ class Classification:
         allowed = self.run.data.max_unreadable * len(self.train_set)
         if len(self._seen) > allowed:
             raise InputError(
-                f"{len(self._seen)} of {len(self.train_set)} training images cannot be read, more than --max-unreadable "
-                f"{self.run.data.max_unreadable:g} allows; the last was {batch.unreadable[-1]}"
+                f"{len(self._seen)} of {len(self.train_set)} training images cannot be read, more than "
+                f"--max-unreadable {self.run.data.max_unreadable:g} allows; the last was {batch.unreadable[-1]}"
             )
         return new
 
@@ -164,7 +164,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         crop_fraction=run.data.crop_fraction,
         source=f"normfree train {run.data.path}",
     )
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     task = Classification(model, info, train_set, validation_set, run, device)
 
     optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
@@ -188,6 +188,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
 
 def start(run: RunConfig, folder: Path) -> Outcome:
     """Trains in a new run folder. Everything that can be wrong is found before the folder is made."""
+    check_free(folder)
     task, optimizer, ema, plan = build(run)
     new_run_folder(folder)
     print(describe(task, plan, folder), file=sys.stderr)
@@ -213,8 +214,8 @@ def describe(task: Classification, plan: Plan, folder: Path) -> str:
     return (
         f"data     {run.data.path}: {len(task.train_set)} training and {len(task.validation_set)} validation images, "
         f"{info.num_classes} classes\n"
-        f"network  {info.architecture}, {millions:.1f} M parameters, {info.train_px} px in training and {info.eval_px} px "
-        f"in evaluation, {run.precision} on {task.device}\n"
+        f"network  {info.architecture}, {millions:.1f} M parameters, {info.train_px} px in training and {info.eval_px} "
+        f"px in evaluation, {run.precision} on {task.device}\n"
         f"run      {run.optim.epochs:g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
     )
 
@@ -230,7 +231,7 @@ def evaluate_weights(
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
     images = open_evaluation(data, info.class_names)
-    model = model.to(where, memory_format=torch.channels_last)
+    model = model.to(where).to(memory_format=torch.channels_last)
     bar = ProgressBar("evaluate", len(images), unit="images")
     try:
         accuracy = evaluate_images(

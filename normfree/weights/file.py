@@ -7,13 +7,13 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.config import EvalCrop, InputError
 
 FORMAT = "normfree-1"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,7 +42,7 @@ class ModelInfo:
     class_names: tuple[str, ...] = ()
     train_px: int = 224
     eval_px: int = 224
-    eval_crop: str = "resize_crop"
+    eval_crop: EvalCrop = "resize_crop"
     crop_fraction: float = 0.875
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -67,6 +67,7 @@ class ModelInfo:
             "class_names": all(isinstance(name, str) for name in info.class_names)
             and len(info.class_names) in (0, info.num_classes),
             "pixels": all(isinstance(px, int) and 0 < px <= 16384 for px in (info.train_px, info.eval_px)),
+            "eval_crop": info.eval_crop in get_args(EvalCrop),
             "crop_fraction": isinstance(info.crop_fraction, int | float) and 0 < info.crop_fraction <= 1,
             "mean and std": len(info.mean) == len(info.std) == info.in_channels and min(info.std) > 0,
         }
