@@ -76,7 +76,7 @@ def test_conv2d_same_pads_after_at_even_sides(height, width):
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"identity"}))
 def test_gamma_restores_the_variance_of_a_standard_normal(name):
-    """By quadrature in float64; the released constants are sampled, up to 1e-3 off (1.2e-2 for sigmoid's tiny variance)."""
+    """By quadrature in float64; the released constants are sampled estimates, up to 1e-3 off."""
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     weight = torch.exp(-x * x / 2)
     weight /= weight.sum()

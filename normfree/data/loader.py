@@ -177,7 +177,7 @@ def _batches(reader: Dataset, keys: Iterable, workers: int, pin_memory: bool) ->
             batch_size=None,  # a key is a whole batch: the reader makes the tensors
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_leave_signals_to_main,
             pin_memory=pin_memory and torch.accelerator.is_available(),  # torch warns where there is nothing to pin for
             generator=torch.Generator(),  # of worker seeds, which nothing uses; else each pass would move torch's own
         )
@@ -195,6 +195,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one decides, and may still want batches."""
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C, and a scheduler's SIGTERM, reach every process; only the main one decides, and may still want batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -118,6 +118,16 @@ class NFBlock(nn.Module):
         return torch.addcmul(shortcut, out, gate)
 
 
+def make_classifier(in_features: int, num_classes: int) -> nn.Module:
+    """Weights N(0, 0.01²), bias 0; no layer for no classes."""
+    if not num_classes:
+        return nn.Identity()
+    fc = nn.Linear(in_features, num_classes)
+    init_normal_(fc.weight, 0.01)
+    nn.init.zeros_(fc.bias)
+    return fc
+
+
 class ClassifierHead(nn.Module):
     """Global average pool, dropout, linear layer: (N, C, H, W) -> (N, num_classes); num_classes 0: no linear layer."""
 
@@ -125,10 +135,7 @@ class ClassifierHead(nn.Module):
         super().__init__()
         self.scale = scale
         self.drop = nn.Dropout(drop_rate)
-        self.fc: nn.Module = nn.Linear(in_features, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.fc, nn.Linear):
-            init_normal_(self.fc.weight, 0.01)
-            nn.init.zeros_(self.fc.bias)
+        self.fc = make_classifier(in_features, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x.mean((2, 3)) * self.scale
@@ -174,7 +181,6 @@ class NFNet(nn.Module):
         _check_options(width, depth, bottleneck_width, stem_channels, stem_strides, drop_rate, stochastic_depth)
         self.info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
         self.num_classes, self.in_channels = num_classes, in_channels
-        self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.act = Activation(activation)
         gamma = self.act.gamma
@@ -307,8 +313,7 @@ class NFNet(nn.Module):
         """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none."""
         like = next(self.parameters())
         self.num_classes = num_classes
-        self.head = ClassifierHead(self.num_features, num_classes, self.drop_rate, self.head.scale)
-        self.head.to(like.device, like.dtype)
+        self.head.fc = make_classifier(self.num_features, num_classes).to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

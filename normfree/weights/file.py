@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normfree.config import EvalCrop, InputError
 
-FORMAT = "normfree-1"
+KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -25,6 +25,13 @@ def package_version() -> str:
         return version("normfree")
     except PackageNotFoundError:  # run from a checkout that was not installed
         return "unknown"
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,14 @@ class ModelInfo:
     normfree_version: str = field(default_factory=package_version)
 
     def to_metadata(self) -> dict[str, str]:
-        return {"format": FORMAT} | {key: json.dumps(value) for key, value in asdict(self).items()}
+        return {KEY: json.dumps({"format": FORMAT} | asdict(self))}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str]) -> ModelInfo:
-        """Raises ValueError, KeyError or TypeError on values that are not those of `to_metadata`."""
-        values = {f.name: json.loads(metadata[f.name]) for f in fields(cls) if f.name in metadata}
-        values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        """Raises ValueError, KeyError, TypeError or AttributeError on what `to_metadata` does not write."""
+        values = _tuples(json.loads(metadata[KEY]))
+        if values.pop("format") != FORMAT:
+            raise ValueError("it is of a newer version of normfree")
         info = cls(**values)
         checks = {
             "architecture": isinstance(info.architecture, str),
@@ -100,13 +108,13 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is a safetensors file, but not one that normfree wrote (format {FORMAT})")
+            if KEY not in metadata:
+                raise InputError(f"{path} is a safetensors file, but not one that normfree wrote")
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or no safetensors file ({reason})") from None
     try:
         return state, ModelInfo.from_metadata(metadata)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a damaged header ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has a header that cannot be used: {error}") from None

@@ -1,0 +1,237 @@
+"""The loop: what it leaves behind, and that nothing that happens to it changes its numbers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from normfree.config import (
+    DataConfig,
+    InputError,
+    MachineConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    load_config,
+    save_config,
+    validate,
+)
+from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
+from normfree.engine.loop import Diverged, eval_steps
+from normfree.models import load
+from normfree.tasks.classification import evaluate_weights, resume, start
+
+
+def small_run(photos: Path, epochs: float = 4, **machine) -> RunConfig:
+    """16 px, 8 images a step, 9 steps an epoch; dropout, stochastic depth and crops all on."""
+    return RunConfig(
+        ModelConfig("nfnet_nano", width=(16, 32, 32, 32), group_width=8, drop_rate=0.2),
+        DataConfig(str(photos), train_px=16, eval_px=16, min_area=0.5),
+        OptimConfig(epochs=epochs, batch_size=8, lr=0.1, clipping=0.1),
+        MachineConfig(device="cpu", log_every=1, **({"workers": 0} | machine)),
+        seed=3,
+    )
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def same_weights(a: Path, b: Path) -> None:
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    losses = [[(r["step"], r["loss"], r["clipped_fraction"]) for r in records(f, "train")] for f in (a, b)]
+    assert losses[0] == losses[1]
+    figures = [[(r["step"], r["top1"], r["raw_top1"]) for r in records(f, "eval")] for f in (a, b)]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(photos, tmp_path):
+    run, folder = small_run(photos, epochs=8), tmp_path / "run"
+    outcome = start(run, folder)
+    assert outcome.best > 90
+    assert load_config(folder / "config.json") == run
+    names = {p.name.split(".")[0] for p in folder.iterdir()}
+    assert {"config", "log", "events", "checkpoints", "best", "last"} <= names
+    train, evals = records(folder, "train"), records(folder, "eval")
+    assert [r["step"] for r in train] == list(range(1, 73))
+    assert [r["step"] for r in evals] == list(range(9, 73, 9))
+    assert {"loss", "lr", "epoch", "images_per_s", "clipped_fraction", "max_grad_ratio"} <= train[0].keys()
+    assert max(r["lr"] for r in train) == pytest.approx(0.1, rel=1e-2)
+    assert max(r["top1"] for r in evals) == outcome.best
+    assert len(list((folder / "checkpoints").iterdir())) == run.machine.keep_checkpoints
+
+    accuracy, info = evaluate_weights(str(folder / "best.safetensors"), str(photos), device="cpu", workers=0)
+    assert accuracy.top1_percent == outcome.best
+    assert accuracy.num_images == 18
+    assert info.class_names == ("blue", "green", "red")
+    assert (info.train_px, info.eval_px, info.eval_crop) == (16, 16, "center")
+    assert sum(images for _, _, images in accuracy.per_class(info.class_names)) == 18
+
+
+def test_tensorboard_holds_the_curves(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start(small_run(photos, epochs=2), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "eval/top1"} <= set(events.Tags()["scalars"])
+    logged = [r["loss"] for r in records(tmp_path / "run", "train")]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_interrupted_anywhere_and_resumed_with_other_workers(photos, tmp_path, number):
+    """Bit-identical weights, whatever step the signal falls into."""
+    run = small_run(photos, checkpoint_minutes=0.0)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    start(run, straight)
+
+    config = tmp_path / "config.json"
+    save_config(run, config)
+    code = (
+        "import sys; from pathlib import Path; from normfree import cli; from normfree.config import load_config;"
+        "from normfree.tasks import classification;"
+        "cli.VERBS['train'] = lambda a: classification.start(load_config(a[0]), Path(a[1]));"
+        "cli.main(['train', *sys.argv[1:]])"
+    )
+    stop_after = random.SystemRandom().randint(1, 30)  # of 36
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(config), str(broken)], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        log = broken / "log.jsonl"
+        if log.exists() and log.read_text().count('"kind": "train"') >= stop_after:
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.01)
+    _, said = process.communicate(timeout=60)
+    assert not (broken / "last.safetensors").exists(), "the run was over before the signal came"
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"go on with: normfree train --resume {broken}" in said
+    resume(broken, replace(run, machine=replace(run.machine, workers=2)))
+    same_weights(straight, broken)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(photos, tmp_path, capsys):
+    run = small_run(photos, epochs=2)
+    start(run, tmp_path / "a")
+    start(run, tmp_path / "b")
+    (tmp_path / "b" / "last.safetensors").unlink()
+    newest = sorted((tmp_path / "b" / "checkpoints").iterdir())[-1]
+    file = next(newest.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    resume(tmp_path / "b")
+    assert f"checkpoint {newest} is damaged and is passed over" in capsys.readouterr().err
+    same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_resume_changes_nothing_but_the_machine(photos, tmp_path):
+    run, folder = small_run(photos, epochs=2), tmp_path / "run"
+    start(run, folder)
+    with pytest.raises(InputError, match="only the machine options may change"):
+        resume(folder, replace(run, seed=4))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_divergence_is_stopped_and_named(photos, tmp_path):
+    run, folder = small_run(photos, epochs=3), tmp_path / "run"
+    run = replace(run, optim=replace(run.optim, lr=1e6, clipping=None, warmup_epochs=2))
+    with pytest.raises(Diverged, match=r"step \d+: the (output|gradient) of \S+") as caught:
+        start(run, folder)
+    assert "\n" not in str(caught.value)
+    for path in (folder / "checkpoints").glob("step-*"):
+        into = {f"model.{k}": v for k, v in load_checkpoint_model(path).items()}
+        assert all(v.isfinite().all() for v in into.values())
+    assert not (folder / "last.safetensors").exists()
+
+
+def load_checkpoint_model(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(next(path.glob("*.safetensors")))
+
+
+def test_unreadable_training_images_are_skipped_named_and_limited(photos, tmp_path):
+    bad = photos / "train" / "red" / "00.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    run = small_run(photos, epochs=2)
+    start(run, tmp_path / "run")
+    (record,) = records(tmp_path / "run", "unreadable")
+    assert "red/00.jpg" in record["name"]
+    strict = replace(run, data=replace(run.data, max_unreadable=0.0))
+    with pytest.raises(InputError, match=r"1 of 72 training images cannot be read.*red/00.jpg"):
+        start(strict, tmp_path / "strict")
+
+
+def test_fine_tuning_and_linear_probe(photos, tmp_path):
+    start(small_run(photos, epochs=2), tmp_path / "first")
+    weights = tmp_path / "first" / "last.safetensors"
+    run = small_run(photos, epochs=2)
+    run = replace(run, model=replace(run.model, init=str(weights), freeze=True))
+    start(run, tmp_path / "probe")
+    before, after = load(weights).state_dict(), load(tmp_path / "probe" / "last.safetensors").state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"head.fc.weight", "head.fc.bias"}
+
+
+def test_checkpoint_round_trip_and_pruning(tmp_path):
+    tensors = {"a.weight": torch.randn(3, 4), "scalar": torch.tensor(2.5), "half": torch.randn(5).bfloat16()}
+    tensors["last"] = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    (tmp_path / "partial-00000009").mkdir()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, tensors, {"note": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    into = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    path, damaged = newest_whole(tmp_path)
+    assert path is not None
+    assert damaged == []
+    manifest = load_checkpoint(path, into)
+    assert (manifest["step"], manifest["extra"]) == (3, {"note": 3})
+    assert all(torch.equal(into[name], tensors[name]) for name in tensors)
+    with pytest.raises(DamagedCheckpoint, match="another network"):
+        load_checkpoint(path, {"other": torch.zeros(1)})
+    (path / "manifest.json").write_text("{")
+    assert newest_whole(tmp_path)[0] == tmp_path / "step-00000002"
+    assert "manifest" in newest_whole(tmp_path)[1][0]
+
+
+def test_no_pickle_in_a_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(2)}, {}, keep=1)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_eval_steps_fall_on_ends_of_epochs():
+    assert sorted(eval_steps(36, 9.0, 1)) == [9, 18, 27, 36]
+    assert sorted(eval_steps(10, 3.3, 1)) == [3, 7, 10]
+    assert sorted(eval_steps(5, 9.0, 1)) == [5]
+
+
+def test_config_round_trip_and_validation(tmp_path):
+    run = replace(RunConfig(), model=ModelConfig(width=(1, 2, 3, 4), second_conv=False))
+    path = tmp_path / "config.json"
+    save_config(run, path)
+    assert load_config(path) == run
+    validate(run)
+    data = json.loads(path.read_text())
+    data["optim"]["learning_rate"] = 1
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="unknown field 'learning_rate'"):
+        load_config(path)
+    path.write_text("[")
+    with pytest.raises(InputError, match="is no configuration"):
+        load_config(path)
+    with pytest.raises(InputError, match="--momentum 1"):
+        validate(replace(run, optim=replace(run.optim, momentum=1.0)))
