@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import re
@@ -140,10 +141,11 @@ def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") ->
     """
     from normfree.analysis.zoo import zoo
 
+    rows = zoo(pattern)
     print(
         f"{'model':<15}{'params':>10}{'train px':>10}{'GMACs':>9}{'test px':>9}{'GMACs':>9}  published ImageNet top-1"
     )
-    for row in zoo(pattern):
+    for row in rows:
         published = f"{row.published_top1:.1f} % (paper)" if row.published_top1 else "-"
         print(
             f"{row.name:<15}{row.params / 1e6:>8.2f} M{row.train_px:>10}{row.train_macs / 1e9:>9.2f}"
@@ -151,20 +153,26 @@ def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") ->
         )
 
 
-def run_function(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
-    return lambda args: parse(function, {"evaluate": "eval"}.get(function.__name__, function.__name__), args)
+def verb(name: str, function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
+    """Parses the arguments of `function`, then calls it: parsing has its own standard error."""
+
+    @functools.wraps(function)
+    def later(*values: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(function, *values, **options)
+
+    return lambda args: parse(later, name, args)()
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
-    "eval": run_function(evaluate),
-    "predict": run_function(predict),
-    "models": run_function(models),
+    "eval": verb("eval", evaluate),
+    "predict": verb("predict", predict),
+    "models": verb("models", models),
 }
 
 
 def parse(target: Callable[..., Any], verb: str, args: Sequence[str], default: Any = None) -> Any:
-    """tyro's parser for `target` over `args`, with errors in one line. A function is called, a class is filled."""
+    """Calls `target`, a class or function, with what tyro reads in `args`; errors are one line."""
     import tyro
 
     known = sorted(option_names(target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +23,24 @@ class ZooRow:
     published_top1: float | None
 
 
-def zoo(pattern: str = "*") -> Iterator[ZooRow]:
+def zoo(pattern: str = "*") -> list[ZooRow]:
     """A row for every model whose name fits the shell pattern; InputError if none does."""
     names = list_models(pattern)
     if not names:
         raise InputError(f"no model fits {pattern!r}{nearest(pattern, list_models())}")
-    for name in names:
-        variant = find_variant(name)
-        with torch.device("meta"):
-            model = create_model(name).eval()
-        yield ZooRow(
-            name,
-            sum(p.numel() for p in model.parameters()),
-            variant.train_px,
-            model.count_macs(variant.train_px),
-            variant.eval_px,
-            model.count_macs(variant.eval_px),
-            variant.published_top1,
-        )
+    return [_row(name) for name in names]
+
+
+def _row(name: str) -> ZooRow:
+    variant = find_variant(name)
+    with torch.device("meta"):
+        model = create_model(name)
+    return ZooRow(
+        name,
+        sum(p.numel() for p in model.parameters()),
+        variant.train_px,
+        model.count_macs(variant.train_px),
+        variant.eval_px,
+        model.count_macs(variant.eval_px),
+        variant.published_top1,
+    )

@@ -88,7 +88,9 @@ def verify(path: Path) -> dict[str, Any]:
             file = path / name
             if not file.is_file() or file.stat().st_size != size or _sha256(file) != checksum:
                 raise DamagedCheckpoint(f"{name} is missing or differs from the manifest")
-        manifest["step"], manifest["names"], manifest["extra"]  # a KeyError here is damage too
+        missing = {"step", "names", "extra"} - manifest.keys()
+        if missing:
+            raise DamagedCheckpoint(f"its manifest has no {min(missing)}")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"its manifest cannot be used ({error})") from None

@@ -162,9 +162,13 @@ def adaptive_clip_grad_(
 class AGC:
     """Puts adaptive gradient clipping in front of any torch optimizer's step.
 
+        >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> agc = AGC(optimizer, clipping=0.01)      # from now on optimizer.step() clips first
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
         >>> agc.stats.clipped_fraction               # of the last step
+        1.0
         >>> agc.detach()                             # the optimizer as it was
 
     A group of the optimizer may carry its own `clipping`, None to be left alone (`param_groups` writes them).

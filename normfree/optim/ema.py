@@ -17,12 +17,18 @@ class EMA:
     Starts as a copy of the parameters; the warm-up of d lets them go (released code: utils.py, tf1_ema). Parameters
     only: a normalizer-free network has no other state.
 
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> torch.nn.init.zeros_(model.weight).item()
+        0.0
         >>> ema = EMA(model, decay=0.99999)
-        >>> for step, batch in enumerate(batches):
-        ...     train_step(batch)
+        >>> for step in range(2):
+        ...     torch.nn.init.ones_(model.weight).item()  # an update of the weights
         ...     ema.update(step)
+        1.0
+        1.0
         >>> with ema.applied():
-        ...     evaluate(model)
+        ...     round(model.weight.item(), 4)  # 1 - 1/10 * 2/11
+        0.9818
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.99999):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -193,7 +194,12 @@ def start(run: RunConfig, folder: Path) -> Outcome:
     new_run_folder(folder)
     print(describe(task, plan, folder), file=sys.stderr)
     save_config(run, folder / "config.json")
-    return train(task, optimizer, ema, plan, run.machine, folder, run.seed)
+    try:
+        return train(task, optimizer, ema, plan, run.machine, folder, run.seed)
+    except InputError:
+        if not (folder / "checkpoints").exists():  # nothing has come of it, and the name is wanted again
+            shutil.rmtree(folder)
+        raise
 
 
 def resume(folder: Path, run: RunConfig | None = None) -> Outcome:

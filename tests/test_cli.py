@@ -1,0 +1,302 @@
+"""The command line as a user meets it: every verb on real files, and one line for everything that is wrong."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import normfree
+from normfree.cli import Train, main, option_names
+from normfree.config import RunConfig
+
+QUICK = (
+    "--train-px 16 --eval-px 16 --epochs 2 --batch-size 8 --workers 0 --device cpu --width 16 32 32 32 --group-width 8"
+)
+
+
+def run(*args: object) -> None:
+    main([word for a in args for word in (a.split() if isinstance(a, str) else [str(a)])])
+
+
+def refused(capsys, *args: object) -> str:
+    """The one line that the command says, on standard error, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2, err
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("normfree: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on the coloured pictures: its folder and its data."""
+    from conftest import COLOURS, draw
+
+    root = tmp_path_factory.mktemp("trained")
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(20):
+            draw(root / "photos" / name / f"{i:02d}.jpg", colour, 100 * c + i)
+    run("train", root / "photos", QUICK.replace("--epochs 2", "--epochs 6"), "--out", root / "run")
+    return root / "run", root / "photos"
+
+
+def test_train_says_how_to_go_on(photos, tmp_path, capsys):
+    run("train", photos, QUICK, "--out", tmp_path / "run")
+    out, err = capsys.readouterr()
+    best = tmp_path / "run" / "best.safetensors"
+    assert "validation top-1" in out
+    assert f"normfree predict {best}" in out
+    assert f"normfree eval {best} {photos}" in out
+    assert "72 training and 18 validation images, 3 classes" in err
+    assert "epoch 2: top1" in err
+
+
+def test_without_out_the_next_free_folder_is_taken(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run("train", photos, QUICK.replace("--epochs 2", "--epochs 0.2 --warmup-epochs 0"))
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["photos-nfnet_nano-1", "photos-nfnet_nano-2"]
+
+
+def test_a_folder_without_a_split_is_split(trained):
+    folder, photos = trained
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["path"] == str(photos)
+    assert normfree.load(folder / "best.safetensors").info.class_names == ("blue", "green", "red")
+
+
+def test_eval(trained, capsys):
+    folder, photos = trained
+    run("eval", folder / "best.safetensors", photos, "--device cpu --workers 0")
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[:3]] == ["blue", "green", "red"]
+    right = sum(int(line.split()[-1].split("/")[0]) for line in out[:3])
+    assert out[3] == f"top-1 {100 * right / 60:.2f} % on 60 images at 16 px"
+    assert right > 50
+
+
+def test_predict_csv_and_json_lines_agree(trained, tmp_path, capsys):
+    folder, photos = trained
+    weights, picture = folder / "best.safetensors", photos / "red" / "03.jpg"
+    (tmp_path / "broken.jpg").write_bytes(picture.read_bytes()[:300])
+    run("predict", weights, photos / "red", tmp_path / "broken.jpg", photos / "blue", "--top 2 --device cpu")
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [Path(r["path"]).name for r in rows] == [f"{i:02d}.jpg" for i in range(20)] + ["broken.jpg"] + [
+        f"{i:02d}.jpg" for i in range(20)
+    ]
+    assert rows[20]["error"]
+    assert rows[20]["label"] == ""
+    assert "broken.jpg" in err
+    assert sum(r["label"] == "red" for r in rows[:20]) > 15
+    assert sum(r["label"] == "blue" for r in rows[21:]) > 15
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
+
+    run("predict", weights, photos / "red", "--out", tmp_path / "p.jsonl", "--device cpu --workers 1")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [r["label"] for r in rows[:20]]
+    assert lines[0]["probability"] == pytest.approx(float(rows[0]["probability"]), abs=1e-4)
+
+
+def test_predict_is_the_model_on_the_prepared_picture(trained):
+    from normfree.data import EvalTransform, normalize, read_image
+    from normfree.deploy.predict import predict
+
+    folder, photos = trained
+    path = photos / "green" / "00.jpg"
+    (row,) = predict(str(folder / "best.safetensors"), [str(path)], top=3, device="cpu")
+    model = normfree.load(folder / "best.safetensors")
+    image = EvalTransform(16, "center", 1.0)(read_image(path))[None]
+    with torch.no_grad():
+        expected = model(normalize(image, model.info.mean, model.info.std)).softmax(1)[0]
+    assert dict(row.top) == pytest.approx(dict(zip(model.info.class_names, expected.tolist(), strict=True)), abs=1e-5)
+
+
+def test_odd_images_are_read_alike(trained, tmp_path):
+    """The same picture as RGB, CMYK, palette, with alpha, grey in 8 and 16 bits: the same label."""
+    from normfree.deploy.predict import predict
+
+    folder, photos = trained
+    rgb = Image.open(photos / "red" / "01.jpg").convert("RGB")
+    grey = rgb.convert("L")
+    rgb.save(tmp_path / "0.png")
+    rgb.convert("CMYK").save(tmp_path / "1.jpg", quality=100, subsampling=0)
+    rgb.quantize(256).save(tmp_path / "2.png")
+    rgba = rgb.copy()
+    rgba.putalpha(255)
+    rgba.save(tmp_path / "3.png")
+    grey.save(tmp_path / "4.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "5.png")
+    rows = list(predict(str(folder / "best.safetensors"), [str(tmp_path)], top=3, device="cpu"))
+    assert [r.error for r in rows] == [""] * 6
+    chances = [dict(r.top) for r in rows]
+    assert rows[0].top[0][0] == "red"
+    for other in chances[1:4]:
+        assert other == pytest.approx(chances[0], abs=0.05)
+    assert chances[5] == pytest.approx(chances[4], abs=1e-5)
+
+
+def test_models(capsys):
+    run("models", "nfnet_f*")
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 17
+    assert out[1].split() == ["nfnet_f0", "71.49", "M", "192", "6.98", "256", "12.38", "83.6", "%", "(paper)"]
+    assert out[9].split()[-1] == "-"
+
+
+def test_help_is_quick_and_complete():
+    """Under a second on an idle machine; here only that torch is not imported."""
+    code = "import sys; from normfree.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("train", "eval", "predict", "models"))
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "predict", "models"])
+def test_verb_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert f"usage: normfree {verb}" in out
+    if verb == "train":
+        assert all(option.replace("--no-", "--") in out for option in option_names(Train) if option != "--path")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "no verb 'trian'; did you mean 'train'"),
+        ("train --epoch 3", "train has no option --epoch; did you mean '--epochs'"),
+        ("train --lr fast", "--lr"),
+        ("train --epochs", "--epochs"),
+        ("train --eval-crop middle", "'center'"),
+        ("train --width 1 2", "--width"),
+        ("train --model nfnet_nanno", "no model 'nfnet_nanno'; did you mean 'nfnet_nano'"),
+        ("train --activation gelo", "did you mean 'gelu'"),
+        ("train --recipe mnist", "no recipe 'mnist'; did you mean 'mnist5k'"),
+        ("train --device cpuu", "no device 'cpuu' here; did you mean 'cpu'"),
+        ("train --batch-size 5000", "--batch-size 5000 is more than the 4000 training images"),
+        ("train --momentum 1", "--momentum 1"),
+        ("train --init nothing.safetensors", "no weight file"),
+        ("train mnist5", "mnist5k"),
+        ("train no/such/folder", "no such folder"),
+        ("train --resume no/such/run", "no run is there"),
+        ("eval", "WEIGHTS"),
+        ("eval nothing.safetensors mnist5k", "no weight file"),
+        ("predict nothing.safetensors", "needs images"),
+        ("models nfnet_g*", "no model fits 'nfnet_g*'"),
+    ],
+)
+def test_wrong_words_get_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def test_wrong_folders_get_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    assert "empty" in refused(capsys, "train", data)
+    picture(data / "cats" / "a.png")
+    picture(data / "cats" / "b.png")
+    assert "one class" in refused(capsys, "train", data)
+    (data / "dogs").mkdir()
+    assert "dogs" in refused(capsys, "train", data)
+    (data / "dogs" / "note.txt").write_text("no image")
+    assert "dogs" in refused(capsys, "train", data)
+    flat = tmp_path / "flat"
+    picture(flat / "a.png")
+    assert "CLASS" in refused(capsys, "train", flat)
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        for kind in ("cats", "dogs"):
+            (tmp_path / "fake" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "fake" / kind / name).write_text("this is text")
+    line = refused(capsys, "train", tmp_path / "fake", "--batch-size 2 --workers 0")
+    assert "no image of the data set could be read" in line
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_nothing_is_overwritten(trained, capsys, tmp_path):
+    folder, photos = trained
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert "exists" in refused(capsys, "train", photos, "--out", folder)
+    out = tmp_path / "out.csv"
+    out.write_text("mine")
+    weights = folder / "best.safetensors"
+    assert "exists" in refused(capsys, "predict", weights, photos, "--out", out)
+    assert ".csv or .jsonl" in refused(capsys, "predict", weights, photos, "--out", tmp_path / "out.txt")
+    assert out.read_text() == "mine"
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_weights_of_another_kind(trained, capsys, tmp_path):
+    folder, photos = trained
+    weights = folder / "best.safetensors"
+    line = refused(capsys, "train", photos, QUICK, "--model nfnet_micro --init", weights, "--out", tmp_path / "x")
+    assert "weights of nfnet_nano, not of nfnet_micro" in line
+    assert "0" in refused(capsys, "eval", weights, "mnist5k")
+    other = tmp_path / "weights.safetensors"
+    other.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in refused(capsys, "predict", other, photos)
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(SystemExit) as stop:
+        run("predict", weights, tmp_path / "text.jpg", "--device cpu")
+    assert stop.value.code == 2
+    assert "none of the 1 images could be read" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_resume_through_the_command_line(photos, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run("train", photos, QUICK, "--out", folder)
+    (folder / "last.safetensors").unlink()
+    run("train --resume", folder, "--workers 1")
+    assert (folder / "last.safetensors").exists()
+    assert "only the machine options may change" in refused(
+        capsys_clear(capsys), "train --resume", folder, "--epochs 9"
+    )
+
+
+def capsys_clear(capsys):
+    capsys.readouterr()
+    return capsys
+
+
+def test_options_of_the_configuration_are_unique():
+    """They share one flat name space on the command line."""
+    names = list(option_names(RunConfig))
+    assert len(names) == len(set(names))
+
+
+def test_a_closed_pipe_is_no_error(trained):
+    folder, photos = trained
+    process = subprocess.Popen(
+        [sys.executable, "-m", "normfree", "predict", folder / "best.safetensors", photos],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr as stream:
+        assert b"Traceback" not in stream.read()
+    process.wait(timeout=60)
