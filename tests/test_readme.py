@@ -1,0 +1,25 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
+    assert (tmp_path / "model.safetensors").exists()
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_every_file_that_the_readme_names_is_there():
+    root = README.parent
+    for target in re.findall(r"\]\(([\w/]+(?:\.\w+)+)\)", README.read_text()):
+        assert (root / target).exists(), target
+    for cell in re.findall(r"^\| (`[^|]+`) \|", README.read_text(), flags=re.M):
+        for name in re.findall(r"`([^`]+)`", cell):
+            path = root / name
+            assert path.exists() or (root / "normfree" / name).exists(), name
