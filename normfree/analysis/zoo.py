@@ -20,7 +20,7 @@ class ZooRow:
     train_macs: int
     test_px: int
     test_macs: int
-    published_top1: float | None
+    published: str
 
 
 def zoo(pattern: str = "*") -> list[ZooRow]:
@@ -42,5 +42,5 @@ def _row(name: str) -> ZooRow:
         model.count_macs(variant.train_px),
         variant.eval_px,
         model.count_macs(variant.eval_px),
-        variant.published_top1,
+        variant.published,
     )

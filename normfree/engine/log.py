@@ -21,6 +21,7 @@ class ProgressBar:
         self.what, self.total, self.first, self.unit = what, total, done, unit
         self.console = Console(stderr=True)
         self.start = self.last_line = time.monotonic()
+        self.note = ""
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -35,13 +36,15 @@ class ProgressBar:
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
             self.bar.start()
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str | None = None) -> None:
+        """`note` stays until another one is given."""
+        self.note = self.note if note is None else note
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, note=note)
+            self.bar.update(self.task, completed=done, note=self.note)
         elif (now := time.monotonic()) - self.last_line >= PLAIN_SECONDS:
             self.last_line = now
             left = (now - self.start) / max(done - self.first, 1) * (self.total - done)
-            self.say(f"{self.what} {done}/{self.total} {self.unit}  {note}  {duration(left)} left")
+            self.say(f"{self.what} {done}/{self.total} {self.unit}  {self.note}  {duration(left)} left")
 
     def say(self, line: str) -> None:
         """A line above the bar."""

@@ -162,6 +162,8 @@ def train(
                         max_grad_ratio=optimizer.stats.max_ratio.item(),
                     )
                     bar.update(done, f"loss {loss.item():.3f}  {speed:.0f} images/s")
+                else:
+                    bar.update(done)
 
                 if done in plan.eval_steps:
                     before = time.monotonic()

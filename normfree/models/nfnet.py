@@ -19,7 +19,7 @@ Four = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. `published_top1`: ImageNet top-1 at `eval_px` as the paper's Table 3 prints it."""
+    """One row of the table. `published`: ImageNet top-1 at `eval_px` as the paper's Table 3 prints it."""
 
     depth: Four
     drop_rate: float
@@ -29,22 +29,21 @@ class Variant:
     group_width: int = 128
     stem_channels: tuple[int, ...] = (16, 32, 64)
     stem_strides: tuple[int, ...] = (2, 1, 1, 2)
-    published_top1: float | None = None
+    published: str = ""
 
 
 VARIANTS: dict[str, Variant] = {
-    "nfnet_f0": Variant((1, 2, 6, 3), 0.2, 192, 256, published_top1=83.6),
-    "nfnet_f1": Variant((2, 4, 12, 6), 0.3, 224, 320, published_top1=84.7),
-    "nfnet_f2": Variant((3, 6, 18, 9), 0.4, 256, 352, published_top1=85.1),
-    "nfnet_f3": Variant((4, 8, 24, 12), 0.4, 320, 416, published_top1=85.7),
-    "nfnet_f4": Variant((5, 10, 30, 15), 0.5, 384, 512, published_top1=85.9),
-    "nfnet_f5": Variant((6, 12, 36, 18), 0.5, 416, 544, published_top1=86.0),
-    "nfnet_f6": Variant((7, 14, 42, 21), 0.5, 448, 576),  # published with SAM only: 86.5
+    "nfnet_f0": Variant((1, 2, 6, 3), 0.2, 192, 256, published="83.6 %"),
+    "nfnet_f1": Variant((2, 4, 12, 6), 0.3, 224, 320, published="84.7 %"),
+    "nfnet_f2": Variant((3, 6, 18, 9), 0.4, 256, 352, published="85.1 %"),
+    "nfnet_f3": Variant((4, 8, 24, 12), 0.4, 320, 416, published="85.7 %"),
+    "nfnet_f4": Variant((5, 10, 30, 15), 0.5, 384, 512, published="85.9 %"),
+    "nfnet_f5": Variant((6, 12, 36, 18), 0.5, 416, 544, published="86.0 %"),
+    "nfnet_f6": Variant((7, 14, 42, 21), 0.5, 448, 576, published="86.5 % with SAM"),
     "nfnet_f7": Variant((8, 16, 48, 24), 0.5, 480, 608),  # in the released code, not in the paper
 }
 VARIANTS |= {
-    f"{name}_plus": replace(variant, width=(384, 768, 2048, 2048), published_top1=None)
-    for name, variant in VARIANTS.items()
+    f"{name}_plus": replace(variant, width=(384, 768, 2048, 2048), published="") for name, variant in VARIANTS.items()
 }
 VARIANTS |= {  # ours: 28 to 64 px and 64 to 128 px, sized for CPUs
     "nfnet_nano": Variant((1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 32, stem_channels=(16,), stem_strides=(1, 2)),
