@@ -138,8 +138,9 @@ def test_f0_differences_are_all_listed():
     """docs/parity.md, "End to end": F0 itself, with timm's two departures in arithmetic in and out."""
     ours = create_model("nfnet_f0", stochastic_depth=0.0, drop_rate=0.0).eval()
     randomize_(ours)
-    theirs = timm.create_model("dm_nfnet_f0").eval()
-    theirs.load_state_dict(to_timm(ours.state_dict(), theirs))
+    with torch.device("meta"):
+        theirs = timm.create_model("dm_nfnet_f0").eval()
+    theirs.load_state_dict(to_timm(ours.state_dict(), theirs), assign=True)
     images = torch.randn(2, 3, 64, 64)
     errors = {}
     with torch.no_grad():
@@ -166,9 +167,8 @@ def test_f0_parameter_and_feature_tables():
     assert our_maps.feature_info.reduction() == their_maps.feature_info.reduction() == [2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize("sides", [*SIDES, (32, 47)])
 @pytest.mark.parametrize("indices", [None, (0,), (1, 3), (2, 4)])
-def test_features_only(sides, indices):
+def test_features_only(indices):
     ours = NFNet(
         WIDTH, DEPTH, group_width=16, stem_channels=STEM[:3], features_only=True, out_indices=indices, drop_rate=0.0
     )
@@ -176,9 +176,10 @@ def test_features_only(sides, indices):
     theirs = timm.create_model("dm_nfnet_f0", **options)
     assert ours.feature_info.channels() == theirs.feature_info.channels()
     assert ours.feature_info.reduction() == theirs.feature_info.reduction()
-    images = torch.zeros(1, 3, *sides)
-    with torch.no_grad():
-        assert [m.shape for m in ours(images)] == [m.shape for m in theirs(images)]
+    for sides in [*SIDES, (32, 47)]:
+        images = torch.zeros(1, 3, *sides)
+        with torch.no_grad():
+            assert [m.shape for m in ours(images)] == [m.shape for m in theirs(images)], sides
 
 
 # --- adaptive gradient clipping ---
