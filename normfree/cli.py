@@ -66,7 +66,7 @@ def train(args: Sequence[str]) -> None:
     print(f"validation top-1 {top1:.2f} % at the end, {outcome.best:.2f} % at best (epoch {outcome.best_epoch:g})")
     print(f"weights          {best} and {folder / 'last.safetensors'}")
     print(f"predict          normfree predict {best} IMAGE_OR_FOLDER ...")
-    print(f"evaluate         normfree eval {best} {run.data.path}")
+    print(f"evaluate         {classification.evaluation_command(run, best)}")
     print(f"curves           tensorboard --logdir {folder}")
 
 
@@ -81,6 +81,8 @@ def evaluate(
     weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
     data: Annotated[str, Positional, arg(metavar="DATA")],
     px: int | None = None,
+    held_out: float | None = None,
+    seed: int = 0,
     device: str | None = None,
     workers: int | None = None,
 ) -> None:
@@ -90,12 +92,14 @@ def evaluate(
         weights: Weight file that normfree wrote.
         data: Image folder with the classes of the weights, or `mnist5k`.
         px: Side of the images in pixels; None: what the weights say.
+        held_out: Of a folder without a validation split, take only the share that training held out.
+        seed: The seed of that training.
         device: cuda, mps or cpu; None: the first that is there.
         workers: Processes that read images; None: one less than the cores.
     """
     from normfree.tasks.classification import evaluate_weights
 
-    accuracy, info = evaluate_weights(weights, data, px, device, workers)
+    accuracy, info = evaluate_weights(weights, data, px, held_out, seed, device, workers)
     for line in accuracy.unreadable:
         print(f"warning: not counted: {line}", file=sys.stderr)
     rows = accuracy.per_class(info.class_names)

@@ -47,6 +47,8 @@ class ModelConfig:
     """gelu, relu, silu, ...; None: gelu."""
     second_conv: bool | None = None
     """Whether blocks have the second 3x3 convolution; None: they do."""
+    skip_init: float | None = None
+    """First value of the SkipInit gains, 0 to 1; None: 0 for F0 to F7, 1 for the small networks."""
     group_width: int | None = None
     """Channels in one group of the 3x3 convolutions."""
     in_channels: int = 3
@@ -57,7 +59,16 @@ class ModelConfig:
     """Train the classifier only (linear probe)."""
 
     def overrides(self) -> dict[str, Any]:
-        names = ("width", "depth", "drop_rate", "stochastic_depth", "activation", "second_conv", "group_width")
+        names = (
+            "width",
+            "depth",
+            "drop_rate",
+            "stochastic_depth",
+            "activation",
+            "second_conv",
+            "skip_init",
+            "group_width",
+        )
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -171,7 +182,7 @@ def validate(run: RunConfig) -> None:
         (c.checkpoint_minutes >= 0, f"checkpoint-minutes {c.checkpoint_minutes}: at least 0"),
         (c.keep_checkpoints >= 1, f"keep-checkpoints {c.keep_checkpoints}: at least 1"),
         (c.log_every >= 1, f"log-every {c.log_every}: at least 1"),
-        (run.seed >= 0, f"seed {run.seed}: at least 0"),
+        (0 <= run.seed < 2**32, f"seed {run.seed}: 0 to 2^32 - 1"),
     ):
         if not good:
             raise InputError(f"--{message}")

@@ -76,10 +76,22 @@ def test_a_folder_without_a_split_is_split(trained):
     assert normfree.load(folder / "best.safetensors").info.class_names == ("blue", "green", "red")
 
 
+def test_eval_on_what_training_held_out(trained, capsys):
+    folder, photos = trained
+    weights = folder / "best.safetensors"
+    evals = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"eval"' in line]
+    run("eval", weights, photos, "--held-out 0.1 --seed 0 --device cpu --workers 0")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"top-1 {max(e['top1'] for e in evals):.2f} % on 6 images at 16 px"
+    assert "warning" not in err
+
+
 def test_eval(trained, capsys):
     folder, photos = trained
     run("eval", folder / "best.safetensors", photos, "--device cpu --workers 0")
-    out = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert "trained on are among these" in err
+    out = out.splitlines()
     assert [line.split()[0] for line in out[:3]] == ["blue", "green", "red"]
     right = sum(int(line.split()[-1].split("/")[0]) for line in out[:3])
     assert out[3] == f"top-1 {100 * right / 60:.2f} % on 60 images at 16 px"

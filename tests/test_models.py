@@ -190,6 +190,9 @@ def test_initialisation():
     assert model.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
     x = torch.randn(1, 512, 8, 8)
     assert torch.equal(model.stages[1][1](x), x)
+    gains = {name: p.item() for name, p in create_model("nfnet_nano").named_parameters() if p.ndim == 0}
+    assert set(gains.values()) == {1.0}  # the small networks start with open branches
+    assert create_model("nfnet_nano", skip_init=0.5).stages[0][0].skip_gain.item() == 0.5
     rates = [b.stochastic_depth.rate for stage in model.stages for b in stage.children()]
     assert rates == pytest.approx([0.25 * i / 5 for i in range(5)])
 

@@ -68,7 +68,9 @@ def test_public_names_are_there():
         normfree.create_modle  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["normfree.models", "normfree.optim.agc", "normfree.optim.ema", "normfree.optim.schedule"])
+@pytest.mark.parametrize(
+    "module", ["normfree.models", "normfree.optim.agc", "normfree.optim.ema", "normfree.optim.schedule"]
+)
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(module), extraglobs={"torch": importlib.import_module("torch")})
     assert results.failed == 0

@@ -164,13 +164,16 @@ def load_checkpoint_model(path: Path) -> dict[str, torch.Tensor]:
     return load_file(next(path.glob("*.safetensors")))
 
 
-def test_unreadable_training_images_are_skipped_named_and_limited(photos, tmp_path):
+def test_unreadable_images_are_skipped_named_and_limited(photos, tmp_path, capsys):
     bad = photos / "train" / "red" / "00.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
+    (photos / "validation" / "blue" / "00.jpg").write_bytes(b"")
     run = small_run(photos, epochs=2)
     start(run, tmp_path / "run")
     (record,) = records(tmp_path / "run", "unreadable")
     assert "red/00.jpg" in record["name"]
+    assert [r["unreadable"] for r in records(tmp_path / "run", "eval")] == [1, 1]
+    assert "not counted: validation/blue/00.jpg" in capsys.readouterr().err
     strict = replace(run, data=replace(run.data, max_unreadable=0.0))
     with pytest.raises(InputError, match=r"1 of 72 training images cannot be read.*red/00.jpg"):
         start(strict, tmp_path / "strict")

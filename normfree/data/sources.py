@@ -226,9 +226,16 @@ def open_dataset(spec: str, *, validation_fraction: float = 0.1, seed: int = 0) 
     return train, _onto_classes(_scan(root, validation_folder), train.class_names, "training images")
 
 
-def open_evaluation(spec: str, class_names: Sequence[str]) -> ImageSet:
+def has_validation(spec: str) -> bool:
+    """Whether a data set comes with validation images of its own; `InputError` if there is no such data set."""
+    return spec == "mnist5k" or _split_folders(_existing_folder(spec))[1] is not None
+
+
+def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | None = None, seed: int = 0) -> ImageSet:
     """The images to evaluate weights on: the validation part of a data set, or all of a folder without parts.
 
+    Of a folder without parts, `held_out` and `seed` give just the images that `open_dataset` holds out for the same
+    `validation_fraction` and `seed`: those that a training on it did not see.
     Targets are indices into `class_names`, the classes that the weights know; a class folder that is not among them
     raises `InputError`, as does what cannot be read as a data set.
     """
@@ -238,7 +245,12 @@ def open_evaluation(spec: str, class_names: Sequence[str]) -> ImageSet:
     train_folder, validation_folder = _split_folders(root)
     if validation_folder is None and train_folder != ".":
         raise InputError(f"{root} has train/ but no validation/ beside it; to evaluate on it, give {root / 'train'}")
-    return _onto_classes(_scan(root, validation_folder or "."), class_names, "weights")
+    images = _scan(root, validation_folder or ".")
+    if held_out is not None and validation_folder is None:
+        if not 0 < held_out < 1:
+            raise InputError(f"the held-out share is {held_out}; it must lie between 0 and 1")
+        images = _split(images, held_out, seed)[1]
+    return _onto_classes(images, class_names, "weights")
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

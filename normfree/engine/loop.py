@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from normfree.config import MachineConfig
+from normfree.config import InputError, MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.log import ProgressBar, RunLog
 from normfree.optim import EMA
@@ -113,6 +113,8 @@ def train(
     bar = ProgressBar("train", plan.total_steps, start)
     for line in extra.pop("damaged", []):
         bar.say(f"warning: {line}")
+    if resume:
+        bar.say(f"resume   after step {start} of {plan.total_steps}")
     log.write("start", start, total_steps=plan.total_steps, device=str(device), torch=torch.__version__)
     seconds_before, began = extra["seconds"], time.monotonic()
     last_checkpoint, last_log, last_log_step = began, began, start
@@ -132,22 +134,23 @@ def train(
                 lr = plan.lr_at(step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                done = step + 1
+                log_now = done % machine.log_every == 0 or done in plan.eval_steps
+                check = device.type == "cpu" or log_now  # waits for the device; nothing is saved unchecked
                 loss = task.loss(batch)
-                check = device.type == "cpu" or (step + 1) % machine.log_every == 0  # it waits for the device
                 if check and not math.isfinite(loss.item()):
                     raise _diverged(_bad_output(task, batch), step, lr)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 ema.update(step)
-                done = step + 1
                 if check and not math.isfinite(optimizer.stats.max_ratio.item()):
                     raise _diverged(_bad_gradient(model), step, lr)
 
                 for line in task.notices(batch):
                     log.write("unreadable", done, name=line)
                     bar.say(f"warning: {line}")
-                if done % machine.log_every == 0 or done == plan.total_steps:
+                if log_now:
                     now = time.monotonic()
                     speed = (done - last_log_step) * plan.batch_size / max(now - last_log, 1e-9)
                     last_log, last_log_step = now, done
@@ -170,9 +173,11 @@ def train(
                     _evaluate(task, ema, plan, done, extra, folder, log, bar)
                     checkpoint(done)
                     last_log += time.monotonic() - before  # images/s is of training alone
-                elif signals.received or time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60:
+                elif check and (
+                    signals.received or time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60
+                ):
                     checkpoint(done)
-                if signals.received and done < plan.total_steps:
+                if check and signals.received and done < plan.total_steps:
                     where = f"stopped after step {done} of {plan.total_steps}"
                     raise Interrupted(f"{where}; go on with: normfree train --resume {folder}", 128 + signals.received)
         finally:
@@ -203,8 +208,8 @@ def _evaluate(
             task.save(folder / "best.safetensors")
     extra["last"] = averaged
     log.write("eval", done, epoch=epoch, **averaged, **{f"raw_{name}": value for name, value in raw.items()})
-    figures = "  ".join(f"{name} {value:.2f}" for name, value in averaged.items())
-    bar.say(f"epoch {epoch:g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.2f})")
+    figures = "  ".join(f"{name} {round(value, 2):g}" for name, value in averaged.items())
+    bar.say(f"epoch {epoch:g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.4g})")
 
 
 def _state(model: nn.Module, optimizer: SGD_AGC, ema: EMA) -> dict[str, Tensor]:
@@ -229,7 +234,7 @@ def _restore(checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, 
     try:
         manifest = load_checkpoint(path, tensors)
     except DamagedCheckpoint as reason:
-        raise Diverged(f"checkpoint {path} cannot be used: {reason}") from None
+        raise InputError(f"checkpoint {path} cannot be used: {reason}") from None
     return manifest["step"], manifest["extra"] | {"damaged": damaged}
 
 

@@ -6,11 +6,11 @@ from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 
 
 def mnist5k(path: str = "mnist5k") -> RunConfig:
-    """4,000 digits of 28 px, `nfnet_nano`: 98.6 % on the 1,000 held-out ones in about two minutes on two CPU cores."""
+    """4,000 digits of 28 px, `nfnet_nano`: 98.7 % of the 1,000 held-out ones in 1:37 on two cores of an AMD EPYC."""
     return RunConfig(
         ModelConfig("nfnet_nano"),
-        DataConfig(path, train_px=28, eval_px=28, min_area=0.6, flip=False),
-        OptimConfig(epochs=10, batch_size=32, lr=0.05, clipping=0.04),
+        DataConfig(path, train_px=28, eval_px=28, min_area=0.8, flip=False),
+        OptimConfig(epochs=8, batch_size=32, lr=0.05, clipping=0.04),
     )
 
 
@@ -24,9 +24,13 @@ def small_images(path: str) -> RunConfig:
 
 
 def photos(path: str) -> RunConfig:
-    """Photographs from 64 px up: `nfnet_micro`, trained at 96 px and evaluated at 128 px."""
+    """Photographs from 64 px up: `nfnet_micro`, trained at 80 px and evaluated at 112 px.
+
+    clothing-128 (3,068 photographs, 10 classes): 83.9 % of the 341 validation images in 10:44 on two cores of an AMD
+    EPYC.
+    """
     return RunConfig(
         ModelConfig("nfnet_micro"),
-        DataConfig(path, train_px=96, eval_px=128, min_area=0.25),
-        OptimConfig(epochs=40, batch_size=32, lr=0.1, clipping=0.04),
+        DataConfig(path, train_px=80, eval_px=112, min_area=0.25),
+        OptimConfig(epochs=30, batch_size=32, lr=0.1, clipping=0.04),
     )

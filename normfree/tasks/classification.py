@@ -21,6 +21,7 @@ from normfree.data import (
     ImageSet,
     TrainTransform,
     eval_batches,
+    has_validation,
     median_short_side,
     open_dataset,
     open_evaluation,
@@ -49,7 +50,8 @@ class Classification:
     validation_set: ImageSet
     run: RunConfig
     device: torch.device
-    _seen: set[str] = field(default_factory=set)
+    _said: set[str] = field(default_factory=set)
+    _unreadable: int = 0
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         data = self.run.data
@@ -75,12 +77,12 @@ class Classification:
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.run.optim.label_smoothing)
 
     def notices(self, batch: Batch) -> list[str]:
-        new = [line for line in batch.unreadable if line not in self._seen]
-        self._seen.update(new)
+        new = self._new(batch.unreadable)
+        self._unreadable += len(new)
         allowed = self.run.data.max_unreadable * len(self.train_set)
-        if len(self._seen) > allowed:
+        if self._unreadable > allowed:
             raise InputError(
-                f"{len(self._seen)} of {len(self.train_set)} training images cannot be read, more than "
+                f"{self._unreadable} of {len(self.train_set)} training images cannot be read, more than "
                 f"--max-unreadable {self.run.data.max_unreadable:g} allows; the last was {batch.unreadable[-1]}"
             )
         return new
@@ -90,8 +92,17 @@ class Classification:
         accuracy = evaluate_images(
             self.model, self.info, self.validation_set, self.device, workers, self.run.precision, show
         )
+        for line in self._new(accuracy.unreadable):
+            print(f"warning: not counted: {line}", file=sys.stderr)
         figures = {"top1": accuracy.top1_percent}
-        return figures | ({"top5": accuracy.top5_percent} if self.info.num_classes > 5 else {})
+        figures |= {"top5": accuracy.top5_percent} if self.info.num_classes > 5 else {}
+        return figures | ({"unreadable": len(accuracy.unreadable)} if accuracy.unreadable else {})
+
+    def _new(self, lines: Iterable[str]) -> list[str]:
+        """Those that have not been said before."""
+        new = [line for line in lines if line not in self._said]
+        self._said.update(new)
+        return new
 
     def save(self, path: Path) -> None:
         save(self.model, path, self.info)
@@ -125,6 +136,11 @@ def evaluate_images(
             show(min(i * EVAL_BATCH, len(images)), len(images))
 
     return evaluate(model, counted(batches), info.num_classes, info.mean, info.std, device, precision)
+
+
+def source_of(path: str) -> str:
+    """What a weight file says of the data that it comes from."""
+    return f"normfree train {Path(path).name}"
 
 
 def choose_recipe(name: str | None, path: str) -> RunConfig:
@@ -163,7 +179,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         eval_px=run.data.eval_px or model.info.eval_px,
         eval_crop=run.data.eval_crop,
         crop_fraction=run.data.crop_fraction,
-        source=f"normfree train {run.data.path}",
+        source=source_of(run.data.path),
     )
     model = model.to(device).to(memory_format=torch.channels_last)
     task = Classification(model, info, train_set, validation_set, run, device)
@@ -226,8 +242,21 @@ def describe(task: Classification, plan: Plan, folder: Path) -> str:
     )
 
 
+def evaluation_command(run: RunConfig, weights: Path) -> str:
+    """The command that evaluates on the images that `run` did not train on."""
+    data = run.data
+    own = "" if has_validation(data.path) else f" --held-out {data.validation_fraction:g} --seed {run.seed}"
+    return f"normfree eval {weights} {data.path}{own}"
+
+
 def evaluate_weights(
-    weights: str, data: str, px: int | None = None, device: str | None = None, workers: int | None = None
+    weights: str,
+    data: str,
+    px: int | None = None,
+    held_out: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    workers: int | None = None,
 ) -> tuple[Accuracy, ModelInfo]:
     """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's)."""
     where = pick_device(device)
@@ -236,7 +265,9 @@ def evaluate_weights(
     info = replace(model.info, eval_px=px or model.info.eval_px)
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
-    images = open_evaluation(data, info.class_names)
+    images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed)
+    if held_out is None and info.source == source_of(data) and not has_validation(data):
+        print("warning: the images that the weights were trained on are among these; see --held-out", file=sys.stderr)
     model = model.to(where).to(memory_format=torch.channels_last)
     bar = ProgressBar("evaluate", len(images), unit="images")
     try:

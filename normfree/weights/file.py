@@ -110,7 +110,8 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]
             metadata = file.metadata() or {}
             if KEY not in metadata:
                 raise InputError(f"{path} is a safetensors file, but not one that normfree wrote")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
+            # copies are aligned as torch's own memory is; sums over tensors that are not differ in the last bit
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or no safetensors file ({reason})") from None
