@@ -13,7 +13,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "normfree needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "Installing into .venv (PyTorch alone is some gigabytes) ..."
-	@test -x .uv/bin/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
+	@test -x .uv/bin/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore --target .uv uv
 	@test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
 	@.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
 	@touch $@

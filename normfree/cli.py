@@ -63,7 +63,7 @@ def train(args: Sequence[str]) -> None:
         outcome = classification.start(run, folder)
     best = folder / "best.safetensors"
     top1 = outcome.last["top1"]
-    print(f"validation top-1 {top1:.2f} % at the end, {outcome.best:.2f} % at best (epoch {outcome.best_epoch:g})")
+    print(f"validation top-1 {top1:.2f} % at the end, {outcome.best:.2f} % at best (epoch {outcome.best_epoch:.3g})")
     print(f"weights          {best} and {folder / 'last.safetensors'}")
     print(f"predict          normfree predict {best} IMAGE_OR_FOLDER ...")
     print(f"evaluate         {classification.evaluation_command(run, best)}")

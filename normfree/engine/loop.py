@@ -208,8 +208,8 @@ def _evaluate(
             task.save(folder / "best.safetensors")
     extra["last"] = averaged
     log.write("eval", done, epoch=epoch, **averaged, **{f"raw_{name}": value for name, value in raw.items()})
-    figures = "  ".join(f"{name} {round(value, 2):g}" for name, value in averaged.items())
-    bar.say(f"epoch {epoch:g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.4g})")
+    figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.2f}" for k, v in averaged.items())
+    bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.2f})")
 
 
 def _state(model: nn.Module, optimizer: SGD_AGC, ema: EMA) -> dict[str, Tensor]:
