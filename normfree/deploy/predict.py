@@ -98,10 +98,9 @@ def write_predictions(
         raise InputError(f"--out {out}: the name must end in .csv or .jsonl")
     if out is not None and Path(out).exists():
         raise InputError(f"--out {out} exists; nothing was written")
-    bar: ProgressBar | None = None
-    if out is not None:
-        bar = ProgressBar("predict", len(find_images(paths)), unit="images")
-    rows = predict(weights, paths, top, device, workers, show=lambda n, _: bar.update(n) if bar else None)
+    files = find_images(paths)
+    bar = None if out is None else ProgressBar("predict", len(files), unit="images")
+    rows = predict(weights, files, top, device, workers, show=lambda n, _: bar.update(n) if bar else None)
     unreadable = total = 0
     try:
         with _target(out) as file:
