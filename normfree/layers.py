@@ -105,8 +105,13 @@ class WSConv2d(nn.Conv2d):
         scale = (var * fan_in).clamp(min=1e-4).rsqrt() * (self.gain * self.input_scale).view(-1, 1, 1, 1)
         return (self.weight - mean) * scale
 
-    def forward(self, input: Tensor) -> Tensor:
-        return conv2d_same(input, self.standardized_weight(), self.bias, self.stride[0], self.groups)
+    def forward(self, input: Tensor, output_scale: Tensor | None = None) -> Tensor:
+        """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
+        weight, bias = self.standardized_weight(), self.bias
+        if output_scale is not None:
+            assert bias is not None
+            weight, bias = weight * output_scale, bias * output_scale
+        return conv2d_same(input, weight, bias, self.stride[0], self.groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}"

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.models import NFNet
+from normfree.models import Network, NFNet
+from normfree.models.bn_resnet import BNResNet
+from normfree.models.nf_regnet import NFRegNet
+from normfree.models.nf_resnet import NFResNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -22,19 +25,39 @@ def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, json.loads(str(arrays.pop("config")))
 
 
-def build(config: dict[str, Any]) -> NFNet:
+def build(config: dict[str, Any]) -> Network:
     """The golden files' network: regularisation off, as they were made."""
-    return NFNet(
-        config["width"],
-        config["depth"],
-        config["num_classes"],
-        activation=config["activation"],
-        second_conv=config["use_two_convs"],
-        group_width=config["group_width"],
-        se_ratio=config["se_ratio"],
-        alpha=config["alpha"],
-        stochastic_depth=0.0,
-    )
+    width, depth, num_classes = config["width"], config["depth"], config["num_classes"]
+    activation = config["activation"]
+    if config["model"] == "NFNet":
+        return NFNet(
+            width,
+            depth,
+            num_classes,
+            activation=activation,
+            second_conv=config["use_two_convs"],
+            group_width=config["group_width"],
+            se_ratio=config["se_ratio"],
+            alpha=config["alpha"],
+            stochastic_depth=0.0,
+        )
+    if config["model"] == "NF_ResNet":
+        se_ratio = config["se_ratio"] if config["use_se"] else None
+        options = dict(activation=activation, se_ratio=se_ratio, alpha=config["alpha"], stochastic_depth=0.0)
+        return NFResNet(width, depth, num_classes, **options)
+    if config["model"] == "NF_RegNet":
+        return NFRegNet(
+            [int(w * config["width_multiplier"]) for w in width],
+            depth,
+            num_classes,
+            activation=activation,
+            expansion=config["expansion"],
+            group_width=config["group_size"],
+            se_ratio=config["se_ratio"],
+            alpha=config["alpha"],
+            stochastic_depth=0.0,
+        )
+    return BNResNet(width, depth, num_classes, activation=activation)
 
 
 def to_state(arrays: dict[str, np.ndarray], prefix: str, depth: list[int]) -> dict[str, Tensor]:
@@ -44,14 +67,24 @@ def to_state(arrays: dict[str, np.ndarray], prefix: str, depth: list[int]) -> di
     for key, value in arrays.items():
         if not key.startswith(prefix):
             continue
-        name = key.removeprefix(prefix + "NFNet/~/")
-        name = re.sub(r"^nf_block(?:_(\d+))?/(~/)?", lambda m: f"{blocks[int(m[1] or 0)]}/", name)
+        name = re.sub(r"^\w+/~/", "", key.removeprefix(prefix))
+        name = re.sub(
+            r"^(?:nf_res_block|nf_block|res_block_v2)(?:_(\d+))?/(~/)?", lambda m: f"{blocks[int(m[1] or 0)]}/", name
+        )
         name = name.replace("stem_conv", "stem.conv").replace("squeeze_excite/~/linear_1", "se.fc2")
-        name = name.replace("squeeze_excite/~/linear", "se.fc1").replace("/", ".")
+        name = name.replace("squeeze_excite/~/linear", "se.fc1").replace("initial_conv", "stem.conv")
+        name = (
+            re.sub(r"(^|/)final_bn", "act.bn", re.sub(r"bn(\d)/", r"act\1.bn/", name))
+            .replace("/~/", "/")
+            .replace("/", ".")
+        )
         name = re.sub(r"^linear\.", "head.fc.", name)
-        name = re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name))
+        name = re.sub(r"\.(w|scale)$", ".weight", re.sub(r"\.(b|offset)$", ".bias", name))
+        name = name.replace("mean_ema", "running_mean").replace("var_ema", "running_var")
         tensor = torch.from_numpy(np.asarray(value))
-        if tensor.ndim == 4:
+        if ".bn" in name:
+            tensor = tensor.flatten()
+        elif tensor.ndim == 4:
             tensor = tensor.permute(3, 2, 0, 1)
         elif tensor.ndim == 2:
             tensor = tensor.T

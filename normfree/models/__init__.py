@@ -7,33 +7,63 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from normfree.config import InputError, nearest
-from normfree.models.nfnet import VARIANTS, FeatureInfo, NFNet, Variant
+from normfree.models import bn_resnet, nf_regnet, nf_resnet, nfnet
+from normfree.models.network import FeatureInfo, Network
+from normfree.models.nfnet import NFNet
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo, read_weights, write_weights
 
-__all__ = ["FeatureInfo", "NFNet", "Variant", "create_model", "find_variant", "list_models", "load", "save"]
+__all__ = ["FeatureInfo", "NFNet", "Network", "create_model", "find_variant", "list_models", "load", "save"]
 
-OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(NFNet.__init__).parameters.items()
-    if name not in ("self", "num_classes", "in_channels")
-)
+# name -> (class, row of its table); a row's fields are options of the class, but for those of `Variant`
+TABLE: dict[str, tuple[type[Network], Any]] = {
+    name: (family, variant)
+    for family, variants in (
+        (nfnet.NFNet, nfnet.VARIANTS),
+        (nf_resnet.NFResNet, nf_resnet.VARIANTS),
+        (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
+        (bn_resnet.BNResNet, bn_resnet.RESNET_VARIANTS),
+        (bn_resnet.BNNFNet, bn_resnet.NFNET_VARIANTS),
+    )
+    for name, variant in variants.items()
+}
+
+
+class Variant(Protocol):
+    """What every row of every table has: pixels, and ImageNet top-1 at `eval_px` as published, or nothing."""
+
+    @property
+    def train_px(self) -> int: ...
+    @property
+    def eval_px(self) -> int: ...
+    @property
+    def published(self) -> str: ...
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows, filtered by a shell pattern such as `"nfnet_f*"`."""
-    return fnmatch.filter(VARIANTS, pattern)
+    return fnmatch.filter(TABLE, pattern)
 
 
 def find_variant(name: str) -> Variant:
-    if name not in VARIANTS:
-        raise InputError(f"no model {name!r}{nearest(name, VARIANTS)}; `normfree models` lists all")
-    return VARIANTS[name]
+    return _find(name)[1]
+
+
+def _find(name: str) -> tuple[type[Network], Any]:
+    if name not in TABLE:
+        raise InputError(f"no model {name!r}{nearest(name, TABLE)}; `normfree models` lists all")
+    return TABLE[name]
+
+
+def _options(family: type[Network]) -> list[str]:
+    """What `create_model` passes on to a class: its arguments but for those of its own."""
+    names = inspect.signature(family.__init__).parameters
+    return [name for name in names if name not in ("self", "num_classes", "in_channels")]
 
 
 def create_model(
@@ -42,7 +72,7 @@ def create_model(
     in_channels: int = 3,
     weights: str | os.PathLike | None = None,
     **overrides: Any,
-) -> NFNet:
+) -> Network:
     """A network of the zoo, freshly initialised or with weights.
 
     Args:
@@ -50,8 +80,8 @@ def create_model(
         num_classes: 0 leaves the classifier out (pooled features).
         weights: a file that `save` wrote for the same architecture; its classifier is taken over where `num_classes`
             agrees, and stays freshly initialised where it differs.
-        overrides: any option of `NFNet`, such as `width`, `depth`, `drop_rate`, `second_conv`, `features_only`; None
-            keeps the variant's value.
+        overrides: any option of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
+            `features_only`; None keeps the variant's value.
 
     Raises:
         InputError: unknown name or option, impossible value, weights of another architecture.
@@ -61,13 +91,14 @@ def create_model(
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    variant = find_variant(name)
+    family, variant = _find(name)
+    known = _options(family)
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    unknown = next((key for key in overrides if key not in OPTIONS), None)
+    unknown = next((key for key in overrides if key not in known), None)
     if unknown is not None:
-        raise InputError(f"{name} has no option {unknown!r}{nearest(unknown, OPTIONS)}; known: {', '.join(OPTIONS)}")
-    own = {key: value for key, value in asdict(variant).items() if key in OPTIONS}
-    model = NFNet(num_classes=num_classes, in_channels=in_channels, **(own | overrides))
+        raise InputError(f"{name} has no option {unknown!r}{nearest(unknown, known)}; known: {', '.join(known)}")
+    own = {key: value for key, value in asdict(variant).items() if key in known}
+    model = family(num_classes=num_classes, in_channels=in_channels, **(own | overrides))
     # a mean and a deviation for every input channel; ImageNet's belong to RGB
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.5,) * in_channels, (0.25,) * in_channels)
     model.info = ModelInfo(
@@ -89,7 +120,7 @@ def create_model(
     return model
 
 
-def _load_state(model: NFNet, state: Mapping[str, Tensor], info: ModelInfo, path: str | os.PathLike) -> None:
+def _load_state(model: Network, state: Mapping[str, Tensor], info: ModelInfo, path: str | os.PathLike) -> None:
     assert model.info is not None
     if info.architecture != model.info.architecture:
         raise InputError(f"{path} holds weights of {info.architecture}, not of {model.info.architecture}")
@@ -106,7 +137,7 @@ def _load_state(model: NFNet, state: Mapping[str, Tensor], info: ModelInfo, path
     model.load_state_dict(state, assign=True)
 
 
-def save(model: NFNet, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
+def save(model: Network, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
     """Writes `model` and `info` (default `model.info`) as one safetensors file that `load` and `predict` take."""
     info = info or model.info
     if info is None:
@@ -116,7 +147,7 @@ def save(model: NFNet, path: str | os.PathLike, info: ModelInfo | None = None) -
     write_weights(path, model.state_dict(), info)
 
 
-def load(path: str | os.PathLike) -> NFNet:
+def load(path: str | os.PathLike) -> Network:
     """The network in a file that `save` wrote, in evaluation mode on the CPU, with its header as `model.info`."""
     state, info = read_weights(path)
     try:

@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from normfree.config import InputError
-from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d, init_normal_
-from normfree.weights import ModelInfo
-
-Four = tuple[int, int, int, int]
+from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.models.network import (
+    Block,
+    ClassifierHead,
+    FeatureInfo,
+    Four,
+    Network,
+    block_schedule,
+    check_four,
+    check_rates,
+    conv_macs,
+    same_avg_pool,
+)
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,7 @@ VARIANTS |= {
 }
 
 
-class FeatureInfo(list[dict]):
-    """timm's convention: one {num_chs, reduction, module} for each feature map, and the columns by name."""
-
-    def channels(self) -> list[int]:
-        return [row["num_chs"] for row in self]
-
-    def reduction(self) -> list[int]:
-        return [row["reduction"] for row in self]
-
-    def module_name(self) -> list[str]:
-        return [row["module"] for row in self]
-
-
-class NFBlock(nn.Module):
+class NFBlock(Block):
     """Residual bottleneck h + α · f(β · act(h)): 1x1, grouped 3x3 (stride), grouped 3x3, 1x1, squeeze-excite.
 
     (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride)). The shortcut of a transition block starts from the
@@ -120,9 +114,7 @@ class NFBlock(nn.Module):
         out = self.act(x)
         shortcut = x
         if self.conv_shortcut is not None:
-            # 'SAME' average pooling leaves padding out of the mean, hence ceil_mode
-            pooled = F.avg_pool2d(out, 2, 2, ceil_mode=True) if self.stride > 1 else out
-            shortcut = self.conv_shortcut(pooled)
+            shortcut = self.conv_shortcut(same_avg_pool(out) if self.stride > 1 else out)
         out = self.act(self.conv1(self.act(self.conv0(out))))
         if self.conv1b is not None:
             out = self.act(self.conv1b(out))
@@ -130,32 +122,14 @@ class NFBlock(nn.Module):
         gate = self.stochastic_depth(self.se(out) * (self.skip_gain * (2 * self.alpha)))
         return torch.addcmul(shortcut, out, gate)
 
-
-def make_classifier(in_features: int, num_classes: int) -> nn.Module:
-    """Weights N(0, 0.01²), bias 0; no layer for no classes."""
-    if not num_classes:
-        return nn.Identity()
-    fc = nn.Linear(in_features, num_classes)
-    init_normal_(fc.weight, 0.01)
-    nn.init.zeros_(fc.bias)
-    return fc
+    def count_macs(self, side: int) -> int:
+        out_side = -(-side // self.stride)
+        convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
+        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
 
 
-class ClassifierHead(nn.Module):
-    """Global average pool, dropout, linear layer: (N, C, H, W) -> (N, num_classes); num_classes 0: no linear layer."""
-
-    def __init__(self, in_features: int, num_classes: int, drop_rate: float, scale: float):
-        super().__init__()
-        self.scale = scale
-        self.drop = nn.Dropout(drop_rate)
-        self.fc = make_classifier(in_features, num_classes)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = x.mean((2, 3)) * self.scale
-        return pooled if pre_logits else self.fc(self.drop(pooled))
-
-
-class NFNet(nn.Module):
+class NFNet(Network):
     """The network of the paper's section 5: stem, four stages of `NFBlock`, a 1x1 convolution, classifier.
 
     Images (N, in_channels, H, W), normalized, any H and W from 32 px up -> logits (N, num_classes).
@@ -194,10 +168,12 @@ class NFNet(nn.Module):
         out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
-        _check_options(width, depth, bottleneck_width, stem_channels, stem_strides, drop_rate, stochastic_depth)
-        self.info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
-        self.num_classes, self.in_channels = num_classes, in_channels
-        self.grad_checkpointing = False
+        check_four(width=width, depth=depth, bottleneck_width=bottleneck_width)
+        check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        if not stem_channels or len(stem_strides) != len(stem_channels) + 1:
+            raise InputError(
+                "stem_strides has one number more than stem_channels; the last is for width[0] / 2 channels"
+            )
         self.act = Activation(activation)
         gamma = self.act.gamma
 
@@ -208,143 +184,36 @@ class NFNet(nn.Module):
                 self.stem.add_module(f"act{i}", Activation(activation))
             self.stem.add_module(f"conv{i}", WSConv2d(channels, out, 3, stride, input_scale=gamma if i else 1.0))
             channels, reduction = out, reduction * stride
-        self._stem_tap = len(self.stem) - 3  # the convolution before the last
-        tap = f"stem.conv{len(stem_channels) - 1}"
-        self.feature_info = FeatureInfo(
-            [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=tap)]
-        )
+        self.feature_tap = f"stem.conv{len(stem_channels) - 1}"  # the convolution before the last
+        taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
 
-        num_blocks, index, expected_var = sum(depth), 0, 1.0
-        self.stages = nn.Sequential()
-        for stage in range(4):
-            stride = 1 if stage == 0 else 2
-            reduction *= stride
+        stages = [nn.Sequential() for _ in range(4)]
+        for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
             inner = bottleneck_width[stage] if bottleneck_width else width[stage] // 2
             groups = max(1, inner // group_width)
             if bottleneck_width is None and inner > group_width:
                 inner = groups * group_width
-            blocks = nn.Sequential()
-            for i in range(depth[stage]):
-                blocks.append(
-                    NFBlock(
-                        channels,
-                        width[stage],
-                        inner,
-                        groups,
-                        stride=stride if i == 0 else 1,
-                        beta=expected_var**-0.5,
-                        alpha=alpha,
-                        activation=activation,
-                        second_conv=second_conv,
-                        se_ratio=se_ratio,
-                        stochastic_depth=stochastic_depth * index / num_blocks,
-                        skip_init=skip_init,
-                    )
+            stages[stage].append(
+                NFBlock(
+                    channels,
+                    width[stage],
+                    inner,
+                    groups,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    beta=beta,
+                    alpha=alpha,
+                    activation=activation,
+                    second_conv=second_conv,
+                    se_ratio=se_ratio,
+                    stochastic_depth=rate,
+                    skip_init=skip_init,
                 )
-                channels, index = width[stage], index + 1
-                # a transition block's shortcut is a fresh convolution of unit variance
-                expected_var = (1.0 if i == 0 else expected_var) + alpha**2
-            self.stages.append(blocks)
-            self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"stages.{stage}"))
-
-        self.num_features = self.head_hidden_size = 2 * channels
-        self.final_conv = WSConv2d(channels, self.num_features, 1)
-        self.feature_info[-1] = dict(num_chs=self.num_features, reduction=reduction, module="final_conv")
-        self.out_indices: tuple[int, ...] | None = None
-        if features_only:
-            self._select_features(range(5) if out_indices is None else out_indices)
-        self.head = ClassifierHead(self.num_features, 0 if features_only else num_classes, drop_rate, scale=gamma)
-
-    def _select_features(self, indices: Sequence[int]) -> None:
-        if not indices or not all(-5 <= i < 5 for i in indices):
-            raise InputError(f"out_indices {list(indices)}: this network has the feature maps 0 to 4")
-        self.out_indices = tuple(sorted({i % 5 for i in indices}))
-        self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
-        # what no requested map needs is taken out, so that every parameter left has a gradient
-        last = self.out_indices[-1]
-        if last == 0:
-            self.stem = self.stem[: self._stem_tap + 1]
-        self.stages = self.stages[:last]
-        if last < 4:
-            del self.final_conv
-
-    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        """The feature maps of `feature_info`, before the activation that follows them (timm's taps)."""
-        wanted = self.out_indices or range(5)
-        x = self.stem[: self._stem_tap + 1](x)
-        maps = [x] if 0 in wanted else []
-        if wanted[-1] > 0:
-            x = self.stem[self._stem_tap + 1 :](x)
-        for i, stage in enumerate(self.stages, 1):
-            x = self._run_stage(stage, x)
-            if i in wanted:
-                maps.append(self.final_conv(x) if i == 4 else x)
-        return maps
-
-    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        for block in stage.children():
-            rematerialize = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if rematerialize else block(x)
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features, H / 32, W / 32) for F0 to F7, after the last activation.
-
-        Its γ is applied by `forward_head`, after pooling.
-        """
-        x = self.stem(x)
-        for stage in self.stages:
-            x = self._run_stage(stage, x)
-        return self.act(self.final_conv(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, num_features, h, w) -> logits (N, num_classes), or pooled features (N, num_features)."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.out_indices is not None:
-            return self.forward_intermediates(x)
-        return self.forward_head(self.forward_features(x))
-
-    def count_macs(self, px: int) -> int:
-        """Multiply-adds of convolutions and linear layers for one px x px image; the paper prints them as FLOPs."""
-        total, side = 0, px
-        for conv in self.stem.children():
-            if isinstance(conv, WSConv2d):
-                side = -(-side // conv.stride[0])
-                total += side**2 * conv.weight.numel()
-        for block in self.modules():
-            if isinstance(block, NFBlock):
-                total += side**2 * block.conv0.weight.numel()
-                side = -(-side // block.stride)
-                for conv in (block.conv1, block.conv1b, block.conv2, block.conv_shortcut):
-                    total += side**2 * conv.weight.numel() if conv is not None else 0
-                total += block.se.fc1.weight.numel() + block.se.fc2.weight.numel()
-        total += side**2 * self.final_conv.weight.numel()
-        return total + (self.head.fc.weight.numel() if isinstance(self.head.fc, nn.Linear) else 0)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none."""
-        like = next(self.parameters())
-        self.num_classes = num_classes
-        self.head.fc = make_classifier(self.num_features, num_classes).to(like.device, like.dtype)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-
-def _check_options(width, depth, bottleneck_width, stem_channels, stem_strides, drop_rate, stochastic_depth) -> None:
-    for name, four in (("width", width), ("depth", depth), ("bottleneck_width", bottleneck_width)):
-        if four is not None and (len(four) != 4 or min(four) < 1):
-            raise InputError(f"{name} {tuple(four)}: four positive numbers are needed, one a stage")
-    if not stem_channels or len(stem_strides) != len(stem_channels) + 1:
-        raise InputError(
-            "stem_strides has one number more than stem_channels: the last convolution is width[0] / 2 wide"
-        )
-    for name, rate in (("drop_rate", drop_rate), ("stochastic_depth", stochastic_depth)):
-        if not 0 <= rate < 1:
-            raise InputError(f"{name} {rate}: a rate lies in [0, 1)")
+            )
+            channels = width[stage]
+        self.stages = nn.Sequential(*stages)
+        taps += [dict(num_chs=width[i], reduction=reduction * 2**i, module=f"stages.{i}") for i in range(4)]
+        taps[-1] |= dict(num_chs=2 * channels, module="final_conv")
+        self.feature_info = FeatureInfo(taps)
+        self.final_conv = WSConv2d(channels, 2 * channels, 1)
+        head = ClassifierHead(2 * channels, num_classes, drop_rate, scale=gamma)
+        self._finish(num_classes, in_channels, 2 * channels, head, features_only, out_indices)

@@ -32,7 +32,7 @@ from normfree.engine.distributed import pick_device
 from normfree.engine.evaluate import Accuracy, autocast, evaluate, prepare
 from normfree.engine.log import ProgressBar
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
-from normfree.models import NFNet, create_model, load, save
+from normfree.models import Network, create_model, load, save
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
 from normfree.weights import ModelInfo
@@ -44,7 +44,7 @@ EVAL_BATCH = 64
 class Classification:
     """The loop's task: images and labels, cross-entropy with label smoothing, top-1 and top-5 accuracy."""
 
-    model: NFNet
+    model: Network
     info: ModelInfo
     train_set: ImageSet
     validation_set: ImageSet
@@ -116,7 +116,7 @@ def pick_workers(workers: int | None, images: ImageSet) -> int:
 
 
 def evaluate_images(
-    model: NFNet,
+    model: Network,
     info: ModelInfo,
     images: ImageSet,
     device: torch.device,

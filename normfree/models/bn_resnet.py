@@ -1,0 +1,244 @@
+"""The batch-normalized baselines: pre-activation ResNets (BN, then ReLU), and NFNet-F with BN instead of NF parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normfree.layers import ACTIVATIONS, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
+from normfree.models.network import (
+    Block,
+    ClassifierHead,
+    FeatureInfo,
+    Four,
+    Network,
+    SameMaxPool,
+    check_four,
+    check_rates,
+    conv_macs,
+    same_avg_pool,
+)
+
+
+@dataclass(frozen=True)
+class ResNetVariant:
+    """One row of the ResNets' table."""
+
+    depth: Four
+    width: Four = (256, 512, 1024, 2048)
+    train_px: int = 224
+    eval_px: int = 224
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class NFNetVariant:
+    """One row of the "-NF, +BN" ablation (Table 6); `published` at `eval_px`."""
+
+    depth: Four
+    drop_rate: float
+    train_px: int
+    eval_px: int
+    published: str
+    width: Four = (256, 512, 1536, 1536)
+
+
+RESNET_VARIANTS: dict[str, ResNetVariant] = {
+    "bn_resnet50": ResNetVariant((3, 4, 6, 3)),
+    "bn_resnet101": ResNetVariant((3, 4, 23, 3)),
+    "bn_resnet152": ResNetVariant((3, 8, 36, 3)),
+    "bn_resnet200": ResNetVariant((3, 24, 36, 3)),
+}
+NFNET_VARIANTS: dict[str, NFNetVariant] = {
+    "bn_nfnet_f0": NFNetVariant((1, 2, 6, 3), 0.2, 192, 256, "83.4 %"),
+    "bn_nfnet_f1": NFNetVariant((2, 4, 12, 6), 0.3, 224, 320, "84.4 %"),
+    "bn_nfnet_f2": NFNetVariant((3, 6, 18, 9), 0.4, 256, 352, "85.1 %"),
+    "bn_nfnet_f3": NFNetVariant((4, 8, 24, 12), 0.4, 320, 416, "85.5 %"),
+}
+
+
+class SameConv2d(nn.Conv2d):
+    """2-D convolution without bias, with TensorFlow's 'SAME' padding and haiku's default initialisation."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
+
+    def reset_parameters(self) -> None:
+        init_normal_(self.weight, self.weight[0].numel() ** -0.5, truncated=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d_same(input, self.weight, None, self.stride[0], self.groups)
+
+
+class BNAct(nn.Module):
+    """Batch normalization, then the activation (without γ): the order of the published baselines."""
+
+    def __init__(self, channels: int, activation: str):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1)
+        self.function = ACTIVATIONS[activation][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.bn(x))
+
+
+class BNResBlock(Block):
+    """h + f(h), pre-activation bottleneck: 1x1, 3x3 (stride), 1x1, each after BN and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, projects: bool, activation: str):
+        super().__init__()
+        self.stride = stride
+        mid = out_channels // 4
+        self.act0, self.act1, self.act2 = (BNAct(c, activation) for c in (in_channels, mid, mid))
+        self.conv0 = SameConv2d(in_channels, mid, 1)
+        self.conv1 = SameConv2d(mid, mid, 3, stride)
+        self.conv2 = SameConv2d(mid, out_channels, 1)
+        self.conv_shortcut = SameConv2d(in_channels, out_channels, 1, stride) if projects else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act0(x)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
+        out = self.conv1(self.act1(self.conv0(out)))
+        return self.conv2(self.act2(out)) + shortcut
+
+    def count_macs(self, side: int) -> int:
+        out_side = -(-side // self.stride)
+        convs = (self.conv1, self.conv2, self.conv_shortcut)
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs)
+
+
+class BNResNet(Network):
+    """The BN twin of `NFResNet`: released code, resnet.py. Averages of the statistics have momentum 0.1 (decay 0.9)."""
+
+    def __init__(
+        self,
+        width: Sequence[int],
+        depth: Sequence[int],
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        *,
+        drop_rate: float = 0.0,
+        activation: str = "relu",
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        check_four(width=width, depth=depth)
+        check_rates(drop_rate=drop_rate)
+        channels = width[0] // 4
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", SameConv2d(in_channels, channels, 7, 2))
+        self.stem.add_module("pool", SameMaxPool())
+        self.feature_tap = "stem.conv"
+        taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
+        self.stages = nn.Sequential()
+        for stage in range(4):
+            blocks = nn.Sequential()
+            for i in range(depth[stage]):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(BNResBlock(channels, width[stage], stride, projects=i == 0, activation=activation))
+                channels = width[stage]
+            self.stages.append(blocks)
+            taps.append(dict(num_chs=channels, reduction=4 * 2**stage, module=f"stages.{stage}"))
+        self.feature_info = FeatureInfo(taps)
+        self.final_conv = nn.Identity()
+        self.act = BNAct(channels, activation)
+        head = ClassifierHead(channels, num_classes, drop_rate, std=0.0)
+        self._finish(num_classes, in_channels, channels, head, features_only, out_indices)
+
+
+class BNNFNetBlock(Block):
+    """`NFBlock` with BN before each activation, and without scaled weights, γ, β, α, SkipInit and the factor 2."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        group_width: int,
+        stride: int,
+        activation: str,
+        stochastic_depth: float,
+    ):
+        super().__init__()
+        self.stride = stride
+        groups = max(1, out_channels // 2 // group_width)
+        mid = groups * min(group_width, out_channels // 2)
+        self.act0 = BNAct(in_channels, activation)
+        self.act1, self.act1b, self.act2 = (BNAct(mid, activation) for _ in range(3))
+        self.conv0 = SameConv2d(in_channels, mid, 1)
+        self.conv1 = SameConv2d(mid, mid, 3, stride, groups)
+        self.conv1b = SameConv2d(mid, mid, 3, 1, groups)
+        self.conv2 = SameConv2d(mid, out_channels, 1)
+        projects = stride > 1 or in_channels != out_channels
+        self.conv_shortcut = SameConv2d(in_channels, out_channels, 1) if projects else None
+        self.se = SqueezeExcite(out_channels, out_channels // 2)
+        self.stochastic_depth = StochasticDepth(stochastic_depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act0(x)
+        shortcut = x
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(same_avg_pool(out) if self.stride > 1 else out)
+        out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(out)))))
+        out = self.conv2(self.act2(out))
+        return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out)))
+
+    def count_macs(self, side: int) -> int:
+        out_side = -(-side // self.stride)
+        convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
+        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
+
+
+class BNNFNet(Network):
+    """NFNet-F as a batch-normalized network, the last row of the paper's Table 6.
+
+    Its code was not released: the order BN, then activation, follows the published ResNets, everything else NFNet-F.
+    """
+
+    def __init__(
+        self,
+        width: Sequence[int],
+        depth: Sequence[int],
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        *,
+        drop_rate: float = 0.0,
+        stochastic_depth: float = 0.25,
+        activation: str = "gelu",
+        group_width: int = 128,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        check_four(width=width, depth=depth)
+        check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        self.stem = nn.Sequential()
+        channels = in_channels
+        for i, (out, stride) in enumerate(zip((16, 32, 64, width[0] // 2), (2, 1, 1, 2), strict=True)):
+            if i:
+                self.stem.add_module(f"act{i}", BNAct(channels, activation))
+            self.stem.add_module(f"conv{i}", SameConv2d(channels, out, 3, stride))
+            channels = out
+        self.feature_tap = "stem.conv2"
+        taps = [dict(num_chs=64, reduction=2, module=self.feature_tap)]
+        self.stages = nn.Sequential()
+        index = 0
+        for stage in range(4):
+            blocks = nn.Sequential()
+            for i in range(depth[stage]):
+                stride = 2 if stage > 0 and i == 0 else 1
+                rate = stochastic_depth * index / sum(depth)
+                blocks.append(BNNFNetBlock(channels, width[stage], group_width, stride, activation, rate))
+                channels, index = width[stage], index + 1
+            self.stages.append(blocks)
+            taps.append(dict(num_chs=channels, reduction=4 * 2**stage, module=f"stages.{stage}"))
+        taps[-1] |= dict(num_chs=2 * channels, module="final_conv")
+        self.feature_info = FeatureInfo(taps)
+        self.final_conv = SameConv2d(channels, 2 * channels, 1)
+        self.act = BNAct(2 * channels, activation)
+        head = ClassifierHead(2 * channels, num_classes, drop_rate)
+        self._finish(num_classes, in_channels, 2 * channels, head, features_only, out_indices)

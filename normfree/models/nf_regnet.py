@@ -1,0 +1,162 @@
+"""NF-RegNets (Brock, De, Smith 2021, arXiv 2101.08692): small groups, inverted bottlenecks, swish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.models.network import (
+    Block,
+    ClassifierHead,
+    FeatureInfo,
+    Four,
+    Network,
+    block_schedule,
+    check_four,
+    check_rates,
+    conv_macs,
+    same_avg_pool,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table; `width` is three quarters of the released code's, which multiplies by 0.75."""
+
+    depth: Four
+    width: Four
+    train_px: int
+    eval_px: int
+    drop_rate: float
+    published: str = ""
+
+
+VARIANTS: dict[str, Variant] = {
+    "nf_regnet_b0": Variant((1, 3, 6, 6), (36, 78, 156, 330), 192, 224, 0.2),
+    "nf_regnet_b1": Variant((2, 4, 7, 7), (36, 78, 156, 330), 224, 256, 0.2),
+    "nf_regnet_b2": Variant((2, 4, 8, 8), (42, 84, 174, 366), 240, 272, 0.3),
+    "nf_regnet_b3": Variant((2, 5, 9, 9), (42, 96, 186, 396), 288, 320, 0.3),
+    "nf_regnet_b4": Variant((2, 6, 11, 11), (48, 108, 216, 462), 320, 384, 0.4),
+    "nf_regnet_b5": Variant((3, 7, 14, 14), (60, 126, 252, 528), 384, 456, 0.4),
+    "nf_regnet_b6": Variant((3, 8, 16, 16), (66, 138, 282, 594), 448, 528, 0.5),  # b6 to b8: in the released code only
+    "nf_regnet_b7": Variant((4, 10, 19, 19), (72, 156, 312, 660), 512, 600, 0.5),
+    "nf_regnet_b8": Variant((4, 11, 22, 22), (78, 174, 342, 726), 600, 672, 0.5),
+}
+
+
+class NFRegBlock(Block):
+    """h + α · f(β · act(h)): 1x1, grouped 3x3 (stride), squeeze-excite, 1x1; average-pooled shortcut at transitions."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        mid_channels: int,
+        groups: int,
+        stride: int,
+        beta: float,
+        alpha: float,
+        activation: str,
+        se_ratio: float,
+        stochastic_depth: float,
+        skip_init: float,
+    ):
+        super().__init__()
+        self.act = Activation(activation)
+        self.stride, self.alpha = stride, alpha
+        gamma = self.act.gamma
+        self.conv0 = WSConv2d(in_channels, mid_channels, 1, input_scale=beta * gamma)
+        self.conv1 = WSConv2d(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
+        self.se = SqueezeExcite(mid_channels, max(1, int(mid_channels * se_ratio)))
+        self.conv2 = WSConv2d(mid_channels, out_channels, 1, input_scale=gamma)
+        projects = stride > 1 or in_channels != out_channels
+        self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
+        self.stochastic_depth = StochasticDepth(stochastic_depth)
+        self.skip_gain = nn.Parameter(torch.tensor(float(skip_init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(x)
+        shortcut = x
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(same_avg_pool(out) if self.stride > 1 else out)
+        out = self.conv1(self.act(self.conv0(out)))
+        out = self.act(out * (2 * self.se(out)))
+        out = self.conv2(out, output_scale=self.skip_gain * self.alpha)
+        return shortcut + self.stochastic_depth(out)
+
+    def count_macs(self, side: int) -> int:
+        out_side = -(-side // self.stride)
+        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
+        convs = (self.conv1, self.conv2, self.conv_shortcut)
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
+
+
+class NFRegNet(Network):
+    """Stem (3x3 convolution, stride 2), four stages of `NFRegBlock` with stride 2, a 1x1 convolution, classifier.
+
+    Args:
+        width, depth: output channels and number of blocks of the four stages.
+        expansion: width inside a block over its input width, rounded down to a multiple of `group_width`; 1 in the
+            very first block.
+        drop_rate, stochastic_depth, skip_init, features_only, out_indices: as in `NFNet`.
+    """
+
+    def __init__(
+        self,
+        width: Sequence[int],
+        depth: Sequence[int],
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        *,
+        drop_rate: float = 0.0,
+        stochastic_depth: float = 0.1,
+        activation: str = "silu",
+        expansion: float = 2.25,
+        group_width: int = 8,
+        se_ratio: float = 0.5,
+        alpha: float = 0.2,
+        skip_init: float = 0.0,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        check_four(width=width, depth=depth)
+        check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        self.act = Activation(activation)
+        channels = width[0]
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", WSConv2d(in_channels, channels, 3, 2))
+        self.feature_tap = "stem.conv"
+        taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
+
+        stages = [nn.Sequential() for _ in range(4)]
+        for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
+            inner = channels if stage == i == 0 else int(channels * expansion)
+            groups = max(1, inner // group_width)
+            block = NFRegBlock(
+                channels,
+                width[stage],
+                groups * group_width if inner >= group_width else inner,
+                groups,
+                stride=2 if i == 0 else 1,
+                beta=beta,
+                alpha=alpha,
+                activation=activation,
+                se_ratio=se_ratio,
+                stochastic_depth=rate,
+                skip_init=skip_init,
+            )
+            stages[stage].append(block)
+            channels = width[stage]
+        final = 1280 * channels // 440
+        self.stages = nn.Sequential(*stages)
+        taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
+        taps[-1] |= dict(num_chs=final, module="final_conv")
+        self.feature_info = FeatureInfo(taps)
+        self.final_conv = WSConv2d(channels, final, 1)
+        head = ClassifierHead(final, num_classes, drop_rate, scale=self.act.gamma, std=0.0)
+        self._finish(num_classes, in_channels, final, head, features_only, out_indices)
