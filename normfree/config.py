@@ -42,13 +42,13 @@ class ModelConfig:
     drop_rate: float | None = None
     """Dropout before the classifier, 0 to 1."""
     stochastic_depth: float | None = None
-    """Rate at which the deepest blocks are skipped in training, 0 to 1; None: 0.25."""
+    """Rate at which the deepest blocks are skipped in training, 0 to 1; None: 0.25; nf_resnet, nf_regnet: 0.1."""
     activation: str | None = None
-    """gelu, relu, silu, ...; None: gelu."""
+    """gelu, relu, silu, ...; None: gelu for nfnet, relu for resnets, silu for nf_regnet."""
     second_conv: bool | None = None
     """Whether blocks have the second 3x3 convolution; None: they do."""
     skip_init: float | None = None
-    """First value of the SkipInit gains, 0 to 1; None: 0 for F0 to F7, 1 for the small networks."""
+    """First value of the SkipInit gains, 0 to 1; None: 1 for nfnet_nano and nfnet_micro, else 0."""
     group_width: int | None = None
     """Channels in one group of the 3x3 convolutions."""
     in_channels: int = 3
