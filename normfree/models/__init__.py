@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from normfree.models import bn_resnet, nf_regnet, nf_resnet, nfnet
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.nfnet import NFNet
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo, read_weights, write_weights
+from normfree.weights.deepmind import FAMILIES, from_haiku, is_haiku_file, read_haiku
 
 __all__ = ["FeatureInfo", "NFNet", "Network", "create_model", "find_variant", "list_models", "load", "save"]
 
@@ -78,8 +80,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         num_classes: 0 leaves the classifier out (pooled features).
-        weights: a file that `save` wrote for the same architecture; its classifier is taken over where `num_classes`
-            agrees, and stays freshly initialised where it differs.
+        weights: a file that `save` wrote for the same architecture, or one of the authors' (`F0_haiku.npz` …). Its
+            classifier is taken over where `num_classes` agrees, and stays freshly initialised where it differs.
         overrides: any option of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
             `features_only`; None keeps the variant's value.
 
@@ -111,13 +113,29 @@ def create_model(
         mean=mean,
         std=std,
     )
-    if weights is not None:
+    if weights is not None and is_haiku_file(weights):
+        _load_haiku(model, name, weights)
+    elif weights is not None:
         state, info = read_weights(weights)
         _load_state(model, state, info, weights)
         model.info = replace(info, overrides=overrides, num_classes=num_classes)
         if num_classes != info.num_classes:
             model.info = replace(model.info, class_names=())
     return model
+
+
+def _load_haiku(model: Network, name: str, path: str | os.PathLike) -> None:
+    """The authors' released weights; a classifier for another number of classes is left as it is."""
+    family = next((family for family in FAMILIES if name.startswith(family)), None)
+    if family is None:
+        raise InputError(f"{path} is a haiku weight file, and there are none for {name}")
+    state, report = from_haiku(read_haiku(path), model.state_dict(), family)
+    wrong = [key for key in report.missing + report.reshaped if not key.startswith("head.fc.")]
+    if wrong or (report.unexpected and model.out_indices is None):
+        raise InputError(f"{path} does not fit {name}: {report}")
+    model.load_state_dict(state, strict=False, assign=True)
+    assert model.info is not None
+    model.info = replace(model.info, source=f"DeepMind's {Path(path).name}")
 
 
 def _load_state(model: Network, state: Mapping[str, Tensor], info: ModelInfo, path: str | os.PathLike) -> None:
