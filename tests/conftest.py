@@ -1,8 +1,14 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# no deadlines, since machines are shared; in CI the same examples every time
+settings.register_profile("normfree", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("normfree")
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 

@@ -43,7 +43,7 @@ def test_unitwise_norm(shape):
     assert num_units(t) == len(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6),
     seed=st.integers(0, 1000),
@@ -64,7 +64,7 @@ def test_batched_clipping_is_the_reference(shapes, seed, weights, grads, clippin
     assert stats.clipped.item() == sum(m.sum().item() for m in masks)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 1000), clipping=st.sampled_from([0.01, 0.5]))
 def test_no_unit_is_above_the_limit_and_none_is_turned(shape, seed, clipping):
     (p,) = make([shape], seed, grad_scale=3.0)

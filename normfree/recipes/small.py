@@ -26,7 +26,7 @@ def small_images(path: str) -> RunConfig:
 def photos(path: str) -> RunConfig:
     """Photographs from 64 px up: `nfnet_micro`, trained at 80 px and evaluated at 112 px.
 
-    clothing-128 (3,068 photographs, 10 classes): 83.9 % of the 341 validation images in 10:44 on two cores of an AMD
+    clothing-128 (3,068 photographs, 10 classes): 83.9 % of the 341 validation images in 11:30 on two cores of an AMD
     EPYC.
     """
     return RunConfig(
