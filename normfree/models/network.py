@@ -97,6 +97,7 @@ class Network(nn.Module):
     act: nn.Module
     head: ClassifierHead
     feature_info: FeatureInfo
+    feature_tap: str  # name of the stem's layer whose output is feature map 0
     info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
     out_indices: tuple[int, ...] | None = None
     grad_checkpointing = False
@@ -118,10 +119,8 @@ class Network(nn.Module):
 
     @property
     def _stem_tap(self) -> int:
-        """Place in `stem` of the layer whose output is feature map 0."""
+        """Its place in `stem`."""
         return [name for name, _ in self.stem.named_children()].index(self.feature_tap.removeprefix("stem."))
-
-    feature_tap: str  # its name
 
     def _select_features(self, indices: Sequence[int]) -> None:
         if not indices or not all(-5 <= i < 5 for i in indices):
