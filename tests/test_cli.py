@@ -62,6 +62,13 @@ def test_train_says_how_to_go_on(photos, tmp_path, capsys):
     assert "epoch 2: top1" in err
 
 
+def test_the_recipe_follows_the_pictures_not_the_folders_name(photos, tmp_path, capsys, monkeypatch):
+    """The pictures are below 64 px, though the folder is called as a recipe for larger ones is."""
+    monkeypatch.chdir(photos.parent)
+    run("train photos --epochs 0.2 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu --out run")
+    assert "nfnet_nano" in capsys.readouterr().err
+
+
 def test_without_out_the_next_free_folder_is_taken(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

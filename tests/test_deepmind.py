@@ -1,9 +1,7 @@
 """The authors' weight files: read without running code, translated exactly, refused by name."""
 
-import io
 import os
 import pickle
-import pickletools
 import subprocess
 import sys
 from collections import OrderedDict
@@ -149,7 +147,6 @@ def test_what_is_no_weight_file(tmp_path):
     refuse(pickle.dumps({"a": {"w": 1.0}}), "a/w is no array of floats")
     refuse(pickle.dumps({"a": {"w": np.array(["x"])}}), "a/w is no array of floats")
     refuse(dill.dumps({"a": lambda: 1}), "refused")
-    assert "STOP" in {op.name for op, _, _ in pickletools.genops(io.BytesIO(whole))}
 
 
 def test_report_names_what_differs():

@@ -2,6 +2,7 @@
 
 from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.sources import (
+    DATASET_NAMES,
     IMAGE_SUFFIXES,
     ArrayImages,
     FolderImages,
@@ -17,6 +18,7 @@ from normfree.data.sources import (
 from normfree.data.transforms import EvalTransform, TrainTransform, normalize, sample_rng
 
 __all__ = [
+    "DATASET_NAMES",
     "IMAGE_SUFFIXES",
     "ArrayImages",
     "Batch",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from normfree.config import Four
 from normfree.layers import ACTIVATIONS, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
 from normfree.models.network import (
     Block,
     ClassifierHead,
     FeatureInfo,
-    Four,
     Network,
     SameMaxPool,
     check_four,

@@ -13,8 +13,6 @@ from normfree.config import InputError
 from normfree.layers import init_normal_
 from normfree.weights import ModelInfo
 
-Four = tuple[int, int, int, int]
-
 
 class FeatureInfo(list[dict]):
     """timm's convention: one {num_chs, reduction, module} for each feature map, and the columns by name."""

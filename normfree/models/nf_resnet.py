@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from normfree.config import Four
 from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
     Block,
     ClassifierHead,
     FeatureInfo,
-    Four,
     Network,
     SameMaxPool,
     block_schedule,

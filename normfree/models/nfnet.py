@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError
+from normfree.config import Four, InputError
 from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
     Block,
     ClassifierHead,
     FeatureInfo,
-    Four,
     Network,
     block_schedule,
     check_four,

@@ -89,7 +89,7 @@ def clip_tensors_(params: Sequence[Tensor], grads: Sequence[Tensor], clipping: f
     clipped = grad_norms > limits
     factors = torch.where(clipped, limits / grad_norms.clamp(min=MIN_GRADIENT_NORM), 1.0)
     views = [
-        factor.view([-1] + [1] * (p.ndim - 1)) if p.ndim and not is_vector(p) else factor.view(())
+        factor.view([-1] + [1] * (p.ndim - 1)) if not is_vector(p) else factor.view(())
         for factor, p in zip(factors.split([num_units(p) for p in params]), params, strict=True)
     ]
     torch._foreach_mul_(list(grads), views)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from normfree.config import InputError, RunConfig, load_config, nearest, save_config, validate
 from normfree.data import (
+    DATASET_NAMES,
     ArrayImages,
     Batch,
     EvalTransform,
@@ -148,7 +149,7 @@ def choose_recipe(name: str | None, path: str) -> RunConfig:
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
     if name is None:
-        if path in RECIPES:  # a packaged set with a recipe of its own
+        if path in DATASET_NAMES:  # a packaged set has a recipe of its own name
             name = path
         else:
             name = "small_images" if median_short_side(open_dataset(path)[0]) < 64 else "photos"
@@ -262,6 +263,8 @@ def evaluate_weights(
     where = pick_device(device)
     model = load(weights)
     assert model.info is not None
+    if px is not None and px < 1:
+        raise InputError(f"--px {px}: at least 1")
     info = replace(model.info, eval_px=px or model.info.eval_px)
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
