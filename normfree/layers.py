@@ -7,6 +7,7 @@ squeeze-excite gate. No feature map is read and written for the sake of a number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +24,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "celu": (F.celu, 1.270926833152771),
     "elu": (F.elu, 1.2716004848480225),
     "gelu": (partial(F.gelu, approximate="tanh"), 1.7015043497085571),
+    "gelu_erf": (F.gelu, 1.7015043497085571),  # timm's
     "leaky_relu": (F.leaky_relu, 1.70590341091156),
     "log_sigmoid": (F.logsigmoid, 1.9193484783172607),
     "relu": (F.relu, 1.7139588594436646),
@@ -65,56 +67,109 @@ def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after one side of `size` pixels, as TensorFlow's 'SAME' places them: the odd one goes after."""
-    total = max(kernel - (size % stride or stride), 0)
+    total = (-(-size // stride) - 1) * stride + kernel - size
+    if kernel < stride:  # asked of numbers alone, so that an exported network may leave the size open
+        total = max(total, 0)
     return total // 2, total - total // 2
 
 
 def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
     """Convolution with 'SAME' padding; output side = ceil(input side / stride)."""
-    top, bottom = same_padding(x.shape[-2], weight.shape[-2], stride)
-    left, right = same_padding(x.shape[-1], weight.shape[-1], stride)
-    if top == bottom and left == right:
+    height, width = weight.shape[-2:]
+    if height == width == 1 or (stride == 1 and height % 2 == width % 2 == 1):  # whatever the size of x
+        return F.conv2d(x, weight, bias, stride, (height // 2, width // 2), 1, groups)
+    top, bottom = same_padding(x.shape[-2], height, stride)
+    left, right = same_padding(x.shape[-1], width, stride)
+    # a compiled or exported network is for sizes even and odd, so it must not ask
+    if not torch.compiler.is_compiling() and top == bottom and left == right:
         return F.conv2d(x, weight, bias, stride, (top, left), 1, groups)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, 1, groups)
 
 
-class WSConv2d(nn.Conv2d):
-    """2-D convolution with scaled weight standardization, 'SAME' padding, per-channel gain and bias.
+class WSConv(nn.modules.conv._ConvNd):
+    """Scaled weight standardization for the convolution that a subclass also inherits from.
 
         Ŵ_i = (W_i - mean(W_i)) / sqrt(max(fan_in * var(W_i), 1e-4)) * gain_i * input_scale
 
-    `weight` (out, in / groups, k, k), `gain` and `bias` (out,). Mean and biased variance run over the fan-in extent.
-    `input_scale` is the scalar that the input would otherwise have been multiplied by. Paper eq. 1; nfnets/base.py.
+    `gain` and `bias` (out,). Mean and biased variance run over the fan-in extent of output channel i. `input_scale` is
+    the scalar that the input would otherwise have been multiplied by. With `eps` the denominator is
+    sqrt(fan_in * (var(W_i) + eps)), as in timm. Paper eq. 1; nfnets/base.py.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, input_scale=1.0):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=0, groups=groups)
-        self.gain = nn.Parameter(torch.ones(out_channels))
-        self.input_scale = input_scale
+    input_scale: float
+    eps: float | None
+    gain: nn.Parameter
+
+    def _add_gain(self, input_scale: float, eps: float | None) -> None:
+        self.gain = nn.Parameter(torch.ones(self.out_channels))
+        self.input_scale, self.eps = input_scale, eps
+
+    @property
+    def fan_in(self) -> float:
+        """Number of inputs in the sum that makes one output."""
+        return self.weight[0].numel()
 
     def reset_parameters(self) -> None:
         """LeCun normal over the fan-in, bias 0 (the gain starts at 1)."""
-        init_normal_(self.weight, self.weight[0].numel() ** -0.5)
-        assert self.bias is not None
-        nn.init.zeros_(self.bias)
+        init_normal_(self.weight, self.fan_in**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def standardized_weight(self) -> Tensor:
         """Ŵ, the weight that the convolution uses, of the shape of `weight`."""
-        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        fan_in = self.weight[0].numel()
-        scale = (var * fan_in).clamp(min=1e-4).rsqrt() * (self.gain * self.input_scale).view(-1, 1, 1, 1)
-        return (self.weight - mean) * scale
+        return self._standardize(self.weight)
 
-    def forward(self, input: Tensor, output_scale: Tensor | None = None) -> Tensor:
+    def _standardize(self, weight: Tensor) -> Tensor:
+        """Ŵ for a weight with the output channels first."""
+        dims = tuple(range(1, weight.ndim))
+        var, mean = torch.var_mean(weight, dim=dims, correction=0, keepdim=True)
+        if self.eps is None:
+            scale = (var * self.fan_in).clamp(min=1e-4).rsqrt()
+        else:
+            scale = ((var + self.eps) * self.fan_in).rsqrt()
+        return (weight - mean) * (scale * (self.gain * self.input_scale).view(-1, *[1] * len(dims)))
+
+    def extra_repr(self) -> str:
+        eps = "" if self.eps is None else f", eps={self.eps:g}"
+        return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}{eps}"
+
+
+class WSConv2d(WSConv, nn.Conv2d):
+    """2-D convolution with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
+
+    `padding`: "same" as TensorFlow places it, the odd zero after; "symmetric" as PyTorch does; or pixels a side.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        groups=1,
+        input_scale=1.0,
+        *,
+        padding="same",
+        dilation=1,
+        bias=True,
+        eps=None,
+    ):
+        self.same = padding == "same"
+        if self.same:
+            padding = 0
+        elif padding == "symmetric":
+            padding = (stride - 1 + kernel_size - 1) // 2
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self._add_gain(input_scale, eps)
+
+    def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
         """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
         weight, bias = self.standardized_weight(), self.bias
         if output_scale is not None:
-            assert bias is not None
-            weight, bias = weight * output_scale, bias * output_scale
-        return conv2d_same(input, weight, bias, self.stride[0], self.groups)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}"
+            weight, bias = weight * output_scale, bias if bias is None else bias * output_scale
+        if self.same:
+            return conv2d_same(input, weight, bias, self.stride[0], self.groups)
+        return self._conv_forward(input, weight, bias)
 
 
 class SqueezeExcite(nn.Module):
@@ -133,6 +188,30 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
+
+    def count_macs(self) -> int:
+        return self.fc1.weight.numel() + self.fc2.weight.numel()
+
+
+class EfficientChannelAttention(nn.Module):
+    """Gate in (0, 1) for every channel of every image, from its neighbours: (N, C, H, W) -> (N, C, 1, 1).
+
+    One 1-D convolution over the channels' means, as wide as log2(C) says: Wang et al. 2020, arXiv 1910.03151.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        width = int((math.log2(channels) + 1) / 2)
+        width = max(width if width % 2 else width + 1, 3)
+        self.conv = nn.Conv1d(1, 1, width, padding=width // 2, bias=False)
+        init_normal_(self.conv.weight, width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x.mean((2, 3))[:, None])).transpose(1, 2)[..., None]
+
+    def count_macs(self) -> int:
+        return self.channels * self.conv.weight.numel()
 
 
 class StochasticDepth(nn.Module):

@@ -123,7 +123,7 @@ def test_every_parameter_gets_a_gradient(name):
         if isinstance(module, StochasticDepth):
             module.rate = 0.0
     for key, p in model.named_parameters():
-        if key.endswith("skip_gain"):
+        if key.endswith(("skip_gain", "conv2.gain")):
             torch.nn.init.ones_(p)
     torch.nn.init.normal_(model.head.fc.weight)
     out = model(torch.randn(2, 3, 64, 64))

@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[type[Network], Any]] = {
     name: (family, variant)
     for family, variants in (
         (nfnet.NFNet, nfnet.VARIANTS),
+        (nfnet.NFNet, nfnet.LIGHT_VARIANTS),
         (nf_resnet.NFResNet, nf_resnet.VARIANTS),
         (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
         (bn_resnet.BNResNet, bn_resnet.RESNET_VARIANTS),

@@ -14,8 +14,8 @@ from normfree.models.network import (
     Block,
     ClassifierHead,
     FeatureInfo,
+    MaxPool,
     Network,
-    SameMaxPool,
     check_four,
     check_rates,
     conv_macs,
@@ -131,7 +131,7 @@ class BNResNet(Network):
         channels = width[0] // 4
         self.stem = nn.Sequential()
         self.stem.add_module("conv", SameConv2d(in_channels, channels, 7, 2))
-        self.stem.add_module("pool", SameMaxPool())
+        self.stem.add_module("pool", MaxPool())
         self.feature_tap = "stem.conv"
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
         self.stages = nn.Sequential()
@@ -189,8 +189,7 @@ class BNNFNetBlock(Block):
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
         convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
-        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class BNNFNet(Network):

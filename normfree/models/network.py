@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree.config import InputError
-from normfree.layers import init_normal_
+from normfree.layers import WSConv2d, init_normal_
 from normfree.weights import ModelInfo
 
 
@@ -69,11 +70,20 @@ def conv_macs(conv: nn.Module | None, side: int) -> int:
     return side**2 * conv.weight.numel() if isinstance(conv, nn.Conv2d) else 0
 
 
-class SameMaxPool(nn.Module):
-    """3x3 maximum with stride 2 and TensorFlow's 'SAME' padding."""
+class MaxPool(nn.Module):
+    """3x3 maximum with stride 2; `padding` "same" as TensorFlow places it, or "symmetric" as PyTorch does."""
+
+    def __init__(self, padding: str = "same"):
+        super().__init__()
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3, 2, (x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        if self.padding == "symmetric":
+            return F.max_pool2d(x, 3, 2, 1)
+        if not torch.compiler.is_compiling():
+            return F.max_pool2d(x, 3, 2, (x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+        # the same for sides that are not yet known
+        return F.max_pool2d(F.pad(x, (x.shape[-1] % 2, 1, x.shape[-2] % 2, 1), value=-math.inf), 3, 2)
 
 
 def same_avg_pool(x: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ class Network(nn.Module):
         """Multiply-adds of convolutions and linear layers for one px x px image; the papers print them as FLOPs."""
         total, side = 0, px
         for layer in self.stem.children():
-            if isinstance(layer, nn.Conv2d | SameMaxPool):
+            if isinstance(layer, nn.Conv2d | MaxPool):
                 side = -(-side // (layer.stride[0] if isinstance(layer, nn.Conv2d) else 2))
                 total += conv_macs(layer, side)
         for block in self.modules():
@@ -216,11 +226,25 @@ def block_schedule(depth: Sequence[int], alpha: float, rate: float) -> Iterator[
             expected_var = (1.0 if i == 0 else expected_var) + alpha**2
 
 
+def make_skip_gain(skip_init: float | None, last_conv: WSConv2d) -> nn.Parameter | None:
+    """The SkipInit gain of a block; None for None, and then the gains of its last convolution start at 0 (timm)."""
+    if skip_init is not None:
+        return nn.Parameter(torch.tensor(float(skip_init)))
+    nn.init.zeros_(last_conv.gain)
+    return None
+
+
 def check_four(**options: Sequence[int] | None) -> None:
     """InputError unless each option is None or four positive numbers."""
     for name, four in options.items():
         if four is not None and (len(four) != 4 or min(four) < 1):
             raise InputError(f"{name} {tuple(four)}: four positive numbers are needed, one a stage")
+
+
+def check_padding(padding: str) -> None:
+    """InputError unless `padding` is one of the two ways."""
+    if padding not in ("same", "symmetric"):
+        raise InputError(f'padding {padding!r}: "same" or "symmetric"')
 
 
 def check_rates(**options: float) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from normfree.config import Four
@@ -17,8 +17,10 @@ from normfree.models.network import (
     Network,
     block_schedule,
     check_four,
+    check_padding,
     check_rates,
     conv_macs,
+    make_skip_gain,
     same_avg_pool,
 )
 
@@ -48,6 +50,11 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def round_channels(channels: float, divisor: int) -> int:
+    """The nearest multiple of `divisor`, half upwards; for 1, rounded down as in the released code."""
+    return int(channels + divisor // 2) // divisor * divisor
+
+
 class NFRegBlock(Block):
     """h + α · f(β · act(h)): 1x1, grouped 3x3 (stride), squeeze-excite, 1x1; average-pooled shortcut at transitions."""
 
@@ -57,26 +64,27 @@ class NFRegBlock(Block):
         out_channels: int,
         mid_channels: int,
         groups: int,
+        se_channels: int,
         stride: int,
         beta: float,
         alpha: float,
         activation: str,
-        se_ratio: float,
         stochastic_depth: float,
-        skip_init: float,
+        skip_init: float | None,
+        conv: Callable[..., WSConv2d],
     ):
         super().__init__()
         self.act = Activation(activation)
         self.stride, self.alpha = stride, alpha
         gamma = self.act.gamma
-        self.conv0 = WSConv2d(in_channels, mid_channels, 1, input_scale=beta * gamma)
-        self.conv1 = WSConv2d(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
-        self.se = SqueezeExcite(mid_channels, max(1, int(mid_channels * se_ratio)))
-        self.conv2 = WSConv2d(mid_channels, out_channels, 1, input_scale=gamma)
+        self.conv0 = conv(in_channels, mid_channels, 1, input_scale=beta * gamma)
+        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
+        self.se = SqueezeExcite(mid_channels, se_channels)
+        self.conv2 = conv(mid_channels, out_channels, 1, input_scale=gamma)
         projects = stride > 1 or in_channels != out_channels
-        self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
+        self.conv_shortcut = conv(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = nn.Parameter(torch.tensor(float(skip_init)))
+        self.skip_gain = make_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(x)
@@ -85,14 +93,13 @@ class NFRegBlock(Block):
             shortcut = self.conv_shortcut(same_avg_pool(out) if self.stride > 1 else out)
         out = self.conv1(self.act(self.conv0(out)))
         out = self.act(out * (2 * self.se(out)))
-        out = self.conv2(out, output_scale=self.skip_gain * self.alpha)
+        out = self.conv2(out, output_scale=self.alpha if self.skip_gain is None else self.skip_gain * self.alpha)
         return shortcut + self.stochastic_depth(out)
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
-        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
         convs = (self.conv1, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class NFRegNet(Network):
@@ -102,7 +109,10 @@ class NFRegNet(Network):
         width, depth: output channels and number of blocks of the four stages.
         expansion: width inside a block over its input width, rounded down to a multiple of `group_width`; 1 in the
             very first block.
-        drop_rate, stochastic_depth, skip_init, features_only, out_indices: as in `NFNet`.
+        channel_divisor: the widths inside a block are rounded to multiples of it, 8 in timm.
+        final_width: output channels of the last convolution; None: 1280 / 440 times `width[3]`.
+        drop_rate, stochastic_depth, skip_init, skip_gain, gamma_in_conv, padding, ws_eps, features_only, out_indices:
+            as in `NFNet`.
     """
 
     def __init__(
@@ -120,43 +130,54 @@ class NFRegNet(Network):
         se_ratio: float = 0.5,
         alpha: float = 0.2,
         skip_init: float = 0.0,
+        skip_gain: bool = True,
+        channel_divisor: int = 1,
+        final_width: int | None = None,
+        gamma_in_conv: bool = False,
+        padding: str = "same",
+        ws_eps: float | None = None,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
         check_four(width=width, depth=depth)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        check_padding(padding)
         self.act = Activation(activation)
+        outer_scale = self.act.gamma if gamma_in_conv else 1.0
+        conv = partial(WSConv2d, padding=padding, eps=ws_eps)
         channels = width[0]
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", WSConv2d(in_channels, channels, 3, 2))
+        self.stem.add_module("conv", conv(in_channels, channels, 3, 2, input_scale=outer_scale))
         self.feature_tap = "stem.conv"
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
         stages = [nn.Sequential() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
-            inner = channels if stage == i == 0 else int(channels * expansion)
+            inner = channels if stage == i == 0 else round_channels(channels * expansion, channel_divisor)
             groups = max(1, inner // group_width)
+            inner = groups * group_width if inner >= group_width else inner
             block = NFRegBlock(
                 channels,
                 width[stage],
-                groups * group_width if inner >= group_width else inner,
+                inner,
                 groups,
+                max(1, round_channels(inner * se_ratio, channel_divisor)),
                 stride=2 if i == 0 else 1,
                 beta=beta,
                 alpha=alpha,
                 activation=activation,
-                se_ratio=se_ratio,
                 stochastic_depth=rate,
-                skip_init=skip_init,
+                skip_init=skip_init if skip_gain else None,
+                conv=conv,
             )
             stages[stage].append(block)
             channels = width[stage]
-        final = 1280 * channels // 440
+        final = final_width or 1280 * channels // 440
         self.stages = nn.Sequential(*stages)
         taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
         taps[-1] |= dict(num_chs=final, module="final_conv")
         self.feature_info = FeatureInfo(taps)
-        self.final_conv = WSConv2d(channels, final, 1)
-        head = ClassifierHead(final, num_classes, drop_rate, scale=self.act.gamma, std=0.0)
+        self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
+        head = ClassifierHead(final, num_classes, drop_rate, scale=self.act.gamma / outer_scale, std=0.0)
         self._finish(num_classes, in_channels, final, head, features_only, out_indices)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normfree.config import Four
-from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
     Block,
     ClassifierHead,
     FeatureInfo,
+    MaxPool,
     Network,
-    SameMaxPool,
     block_schedule,
     check_four,
+    check_padding,
     check_rates,
     conv_macs,
+    make_skip_gain,
+    same_avg_pool,
 )
 
 
@@ -46,7 +50,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 class NFResBlock(Block):
-    """h + α · f(β · act(h)): 1x1, 3x3 (stride), 1x1, optionally squeeze-excite. Strided 1x1 shortcut at transitions."""
+    """h + α · f(β · act(h)): 1x1, 3x3 (stride), 1x1, optionally a gate; 1x1 shortcut at transitions."""
 
     def __init__(
         self,
@@ -58,28 +62,37 @@ class NFResBlock(Block):
         alpha: float,
         activation: str,
         se_ratio: float | None,
+        eca: bool,
+        pool_shortcut: bool,
         stochastic_depth: float,
-        skip_init: float,
+        skip_init: float | None,
+        conv: Callable[..., WSConv2d],
     ):
         super().__init__()
         self.act = Activation(activation)
         self.stride, self.alpha = stride, alpha
         gamma = self.act.gamma
-        self.conv0 = WSConv2d(in_channels, mid_channels, 1, input_scale=beta * gamma)
-        self.conv1 = WSConv2d(mid_channels, mid_channels, 3, stride, input_scale=gamma)
-        self.conv2 = WSConv2d(mid_channels, out_channels, 1, input_scale=gamma)
-        projects = stride > 1 or in_channels != out_channels
-        shortcut = WSConv2d(in_channels, out_channels, 1, stride, input_scale=beta * gamma) if projects else None
-        self.conv_shortcut = shortcut
-        self.se = None if se_ratio is None else SqueezeExcite(out_channels, max(1, int(out_channels * se_ratio)))
+        self.conv0 = conv(in_channels, mid_channels, 1, input_scale=beta * gamma)
+        self.conv1 = conv(mid_channels, mid_channels, 3, stride, input_scale=gamma)
+        self.conv2 = conv(mid_channels, out_channels, 1, input_scale=gamma)
+        self.pools = pool_shortcut and stride > 1
+        projects, step = stride > 1 or in_channels != out_channels, 1 if self.pools else stride
+        self.conv_shortcut = conv(in_channels, out_channels, 1, step, input_scale=beta * gamma) if projects else None
+        self.se = None
+        if eca:
+            self.se = EfficientChannelAttention(out_channels)
+        elif se_ratio is not None:
+            self.se = SqueezeExcite(out_channels, max(1, int(out_channels * se_ratio)))
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = nn.Parameter(torch.tensor(float(skip_init)))
+        self.skip_gain = make_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(x)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
+        shortcut = x
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(same_avg_pool(out) if self.pools else out)
         out = self.act(self.conv1(self.act(self.conv0(out))))
-        scale = self.skip_gain * self.alpha
+        scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
         if self.se is not None:
             out = self.conv2(out)
             return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out) * (2 * scale)))
@@ -88,7 +101,7 @@ class NFResBlock(Block):
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
-        se = 0 if self.se is None else self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
+        se = 0 if self.se is None else self.se.count_macs()
         convs = (self.conv1, self.conv2, self.conv_shortcut)
         return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
 
@@ -100,7 +113,9 @@ class NFResNet(Network):
         width, depth: output channels and number of blocks of the four stages; a quarter of the width is the width
             inside the blocks, and of the first stage's that of the stem.
         se_ratio: squeeze-excite with this share of the channels, 0.25 in the released code; None: without.
-        drop_rate, stochastic_depth, skip_init, features_only, out_indices: as in `NFNet`.
+        pool_shortcut: 2x2 mean and 1x1 convolution, as in timm, where a shortcut is otherwise a strided convolution.
+        drop_rate, stochastic_depth, skip_init, skip_gain, eca, gamma_in_conv, padding, ws_eps, features_only,
+            out_indices: as in `NFNet`.
     """
 
     def __init__(
@@ -116,17 +131,26 @@ class NFResNet(Network):
         se_ratio: float | None = None,
         alpha: float = 0.2,
         skip_init: float = 0.0,
+        skip_gain: bool = True,
+        eca: bool = False,
+        pool_shortcut: bool = False,
+        gamma_in_conv: bool = False,
+        padding: str = "same",
+        ws_eps: float | None = None,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
         check_four(width=width, depth=depth)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        check_padding(padding)
         self.act = Activation(activation)
+        outer_scale = self.act.gamma if gamma_in_conv else 1.0
+        conv = partial(WSConv2d, padding=padding, eps=ws_eps)
         channels = width[0] // 4
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", WSConv2d(in_channels, channels, 7, 2))
-        self.stem.add_module("pool", SameMaxPool())
+        self.stem.add_module("conv", conv(in_channels, channels, 7, 2, input_scale=outer_scale))
+        self.stem.add_module("pool", MaxPool(padding))
         self.feature_tap = "stem.conv"
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
@@ -141,8 +165,11 @@ class NFResNet(Network):
                 alpha=alpha,
                 activation=activation,
                 se_ratio=se_ratio,
+                eca=eca,
+                pool_shortcut=pool_shortcut,
                 stochastic_depth=rate,
-                skip_init=skip_init,
+                skip_init=skip_init if skip_gain else None,
+                conv=conv,
             )
             stages[stage].append(block)
             channels = width[stage]
@@ -150,5 +177,5 @@ class NFResNet(Network):
         taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
         self.feature_info = FeatureInfo(taps)
         self.final_conv = nn.Identity()
-        head = ClassifierHead(channels, num_classes, drop_rate, scale=self.act.gamma)
+        head = ClassifierHead(channels, num_classes, drop_rate, scale=self.act.gamma / outer_scale)
         self._finish(num_classes, in_channels, channels, head, features_only, out_indices)

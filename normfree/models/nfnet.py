@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normfree.config import Four, InputError
-from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
     Block,
     ClassifierHead,
@@ -17,8 +18,10 @@ from normfree.models.network import (
     Network,
     block_schedule,
     check_four,
+    check_padding,
     check_rates,
     conv_macs,
+    make_skip_gain,
     same_avg_pool,
 )
 
@@ -72,6 +75,32 @@ VARIANTS |= {
 }
 
 
+@dataclass(frozen=True)
+class LightVariant(Variant):
+    """timm's networks for one GPU, with timm's arithmetic; not of the paper. `published`: by timm, at `eval_px`."""
+
+    width: Four = (256, 512, 1536, 1536)
+    group_width: int = 64
+    bottleneck_width: Four = (64, 128, 384, 384)
+    final_width: int = 3072
+    activation: str = "silu"
+    se_ratio: float = 0.25
+    eca: bool = True
+    stochastic_depth: float = 0.0
+    skip_gain: bool = False
+    gamma_in_conv: bool = True
+    padding: str = "symmetric"
+    ws_eps: float = 1e-5
+
+
+LIGHT_VARIANTS: dict[str, LightVariant] = {
+    "nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, eca=False, published="82.8 %"),
+    "eca_nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, published="82.6 %"),
+    "eca_nfnet_l1": LightVariant((2, 4, 12, 6), 0.0, 256, 320, published="84.0 %"),
+    "eca_nfnet_l2": LightVariant((3, 6, 18, 9), 0.0, 320, 384, published="84.7 %"),
+}
+
+
 class NFBlock(Block):
     """Residual bottleneck h + α · f(β · act(h)): 1x1, grouped 3x3 (stride), grouped 3x3, 1x1, squeeze-excite.
 
@@ -92,22 +121,25 @@ class NFBlock(Block):
         activation: str,
         second_conv: bool,
         se_ratio: float,
+        eca: bool,
         stochastic_depth: float,
-        skip_init: float,
+        skip_init: float | None,
+        conv: Callable[..., WSConv2d],
     ):
         super().__init__()
         self.act = Activation(activation)
         self.stride, self.alpha = stride, alpha
         gamma = self.act.gamma
-        self.conv0 = WSConv2d(in_channels, mid_channels, 1, input_scale=beta * gamma)
-        self.conv1 = WSConv2d(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
-        self.conv1b = WSConv2d(mid_channels, mid_channels, 3, 1, groups, input_scale=gamma) if second_conv else None
-        self.conv2 = WSConv2d(mid_channels, out_channels, 1, input_scale=gamma)
+        self.conv0 = conv(in_channels, mid_channels, 1, input_scale=beta * gamma)
+        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
+        self.conv1b = conv(mid_channels, mid_channels, 3, 1, groups, input_scale=gamma) if second_conv else None
+        self.conv2 = conv(mid_channels, out_channels, 1, input_scale=gamma)
         projects = stride > 1 or in_channels != out_channels
-        self.conv_shortcut = WSConv2d(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
-        self.se = SqueezeExcite(out_channels, max(1, int(out_channels * se_ratio)))
+        self.conv_shortcut = conv(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
+        hidden = max(1, int(out_channels * se_ratio))
+        self.se = EfficientChannelAttention(out_channels) if eca else SqueezeExcite(out_channels, hidden)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = nn.Parameter(torch.tensor(float(skip_init)))
+        self.skip_gain = make_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(x)
@@ -118,14 +150,13 @@ class NFBlock(Block):
         if self.conv1b is not None:
             out = self.act(self.conv1b(out))
         out = self.conv2(out)
-        gate = self.stochastic_depth(self.se(out) * (self.skip_gain * (2 * self.alpha)))
-        return torch.addcmul(shortcut, out, gate)
+        scale = 2 * self.alpha if self.skip_gain is None else self.skip_gain * (2 * self.alpha)
+        return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out) * scale))
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
         convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
-        se = self.se.fc1.weight.numel() + self.se.fc2.weight.numel()
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
+        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class NFNet(Network):
@@ -141,6 +172,13 @@ class NFNet(Network):
         drop_rate: dropout before the classifier, in [0, 1).
         skip_init: first value of the SkipInit gains. 0 makes all but transition blocks the identity, which very deep
             networks need; 1 gives activations the variance that β expects.
+        skip_gain: False: no such gains (`skip_init` is void), and the last convolution's gains start at 0, as in timm.
+        eca: efficient channel attention in place of squeeze-excite.
+        final_width: output channels of the last convolution; None: twice `width[3]`.
+        gamma_in_conv: γ multiplies every convolution, the first and the last too, in place of every activation, as in
+            timm's `nfnet_*`, `nf_resnet*`, `nf_regnet_*`.
+        padding: of strided convolutions: "same" as TensorFlow and the released weights, or "symmetric" as PyTorch.
+        ws_eps: weight standardization's epsilon, timm's way; None: the released code's (`WSConv`).
         stochastic_depth: rate r; block i of n is skipped with probability r * i / n.
         features_only: return the list of feature maps `out_indices` of `feature_info` instead of logits.
     """
@@ -161,8 +199,14 @@ class NFNet(Network):
         se_ratio: float = 0.5,
         alpha: float = 0.2,
         skip_init: float = 0.0,
+        skip_gain: bool = True,
+        eca: bool = False,
+        final_width: int | None = None,
         stem_channels: Sequence[int] = (16, 32, 64),
         stem_strides: Sequence[int] = (2, 1, 1, 2),
+        gamma_in_conv: bool = False,
+        padding: str = "same",
+        ws_eps: float | None = None,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -173,15 +217,18 @@ class NFNet(Network):
             raise InputError(
                 "stem_strides has one number more than stem_channels; the last is for width[0] / 2 channels"
             )
+        check_padding(padding)
         self.act = Activation(activation)
         gamma = self.act.gamma
+        outer_scale = gamma if gamma_in_conv else 1.0
+        conv = partial(WSConv2d, padding=padding, eps=ws_eps)
 
         self.stem = nn.Sequential()
         channels, reduction = in_channels, 1
         for i, (out, stride) in enumerate(zip((*stem_channels, width[0] // 2), stem_strides, strict=True)):
             if i:
                 self.stem.add_module(f"act{i}", Activation(activation))
-            self.stem.add_module(f"conv{i}", WSConv2d(channels, out, 3, stride, input_scale=gamma if i else 1.0))
+            self.stem.add_module(f"conv{i}", conv(channels, out, 3, stride, input_scale=gamma if i else outer_scale))
             channels, reduction = out, reduction * stride
         self.feature_tap = f"stem.conv{len(stem_channels) - 1}"  # the convolution before the last
         taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
@@ -204,15 +251,18 @@ class NFNet(Network):
                     activation=activation,
                     second_conv=second_conv,
                     se_ratio=se_ratio,
+                    eca=eca,
                     stochastic_depth=rate,
-                    skip_init=skip_init,
+                    skip_init=skip_init if skip_gain else None,
+                    conv=conv,
                 )
             )
             channels = width[stage]
         self.stages = nn.Sequential(*stages)
         taps += [dict(num_chs=width[i], reduction=reduction * 2**i, module=f"stages.{i}") for i in range(4)]
-        taps[-1] |= dict(num_chs=2 * channels, module="final_conv")
+        final = final_width or 2 * channels
+        taps[-1] |= dict(num_chs=final, module="final_conv")
         self.feature_info = FeatureInfo(taps)
-        self.final_conv = WSConv2d(channels, 2 * channels, 1)
-        head = ClassifierHead(2 * channels, num_classes, drop_rate, scale=gamma)
-        self._finish(num_classes, in_channels, 2 * channels, head, features_only, out_indices)
+        self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
+        head = ClassifierHead(final, num_classes, drop_rate, scale=gamma / outer_scale)
+        self._finish(num_classes, in_channels, final, head, features_only, out_indices)
