@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -27,7 +27,9 @@ Image networks without normalization layers.
   train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
   eval WEIGHTS DATA       accuracy of a weight file, in total and per class
   predict WEIGHTS PATH... labels for images and folders of images
+  convert IN OUT          weights of the authors, of timm and of the Hub to ours, and back
   models [PATTERN]        the networks: parameters, multiply-adds, published accuracy
+  signal MODEL...         mean and variance of the activations, block by block; several networks side by side
 
 `normfree VERB --help` lists the options of a verb.
 """
@@ -157,6 +159,58 @@ def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") ->
         )
 
 
+def convert(
+    source: Annotated[str, Positional, arg(metavar="IN")],
+    out: Annotated[str, Positional, arg(metavar="OUT")],
+    format: Literal["normfree", "timm", "deepmind"] | None = None,
+    model: str | None = None,
+) -> None:
+    """Weights of the authors, of timm and of the Hub to ours, and back; the function is kept.
+
+    Args:
+        source: Weight file: ours, an authors' .npz, a timm .safetensors or .pth; or hf://OWNER/NAME.
+        out: File to write, or hf://OWNER/NAME to push to.
+        format: None: by the ending of OUT: .npz deepmind; .pth, .pt, .bin timm; else normfree.
+        model: Our name of the network, where IN does not tell.
+    """
+    from normfree.models import convert
+
+    done = convert(source, out, format, model)
+    print(f"{source}: {done.info.architecture}, {done.info.num_classes} classes")
+    for line in (*([done.report] if done.report else []), *done.notes):
+        print(line)
+    print(f"wrote {out}")
+
+
+def signal(
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL...")],
+    data: str | None = None,
+    px: int | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    skip_gain: float | None = None,
+    plot: str | None = None,
+    json: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Signal propagation: what each residual block does to the mean and variance of the activations.
+
+    Args:
+        models: Networks: names of the zoo, weight files, timm:NAME, torchvision:NAME; all but files at initialisation.
+        data: Folder of images, or `mnist5k`; None: noise N(0, 1).
+        px: Side of the images in pixels; None: each network's own.
+        batch: Images to measure on.
+        seed: Of the initialisation, the noise and the choice of images.
+        skip_gain: Value to set the SkipInit gains to; None: 1 at initialisation, as they are in weight files.
+        plot: Picture to write, ending in .png, .svg or .pdf.
+        json: File to write the numbers to.
+        device: cuda, mps or cpu; None: the first that is there.
+    """
+    from normfree.analysis.signal import report_signal
+
+    report_signal(models, data, px, batch, seed, skip_gain, plot, json, device)
+
+
 def verb(name: str, function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
     """Parses the arguments of `function`, then calls it: parsing has its own standard error."""
 
@@ -172,6 +226,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": verb("eval", evaluate),
     "predict": verb("predict", predict),
     "models": verb("models", models),
+    "signal": verb("signal", signal),
+    "convert": verb("convert", convert),
 }
 
 

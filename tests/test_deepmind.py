@@ -142,7 +142,7 @@ def test_what_is_no_weight_file(tmp_path):
 
     whole = pickle.dumps({"a": {"w": np.ones(3, np.float32)}})
     refuse(whole[:-20], "damaged")
-    refuse(whole, "does not fit nfnet_nano: 0 tensors matched")
+    refuse(whole, "of none of NFNet, NF_ResNet, NF_RegNet")
     refuse(pickle.dumps([1, 2]), "no haiku weight file")
     refuse(pickle.dumps({"a": {"w": 1.0}}), "a/w is no array of floats")
     refuse(pickle.dumps({"a": {"w": np.array(["x"])}}), "a/w is no array of floats")
@@ -170,7 +170,7 @@ def test_another_number_of_classes_leaves_the_classifier_out(tmp_path):
     assert other.head.fc.weight.shape[0] == 3
     normfree.save(other, tmp_path / "ours.safetensors")
     assert normfree.load(tmp_path / "ours.safetensors").num_classes == 3
-    with pytest.raises(InputError, match="haiku weight file, and there are none for bn_resnet50"):
+    with pytest.raises(InputError, match="haiku weight file of NFNet, not of bn_resnet50"):
         create_model("bn_resnet50", num_classes=5, weights=path)
 
 

@@ -11,7 +11,6 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import InputError
+from normfree.weights.file import Report, replacing
 
 Tree = dict[str, dict[str, np.ndarray]]
 
@@ -29,26 +29,17 @@ FAMILIES = {
     "nf_resnet": ("NF_ResNet", "nf_res_block"),
     "nf_regnet": ("NF_RegNet", "nf_block"),
 }
-
-
-@dataclass
-class Report:
-    """What became of every tensor, by name: ours where we have it, else "MODULE/NAME" of the file."""
-
-    matched: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    reshaped: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        def some(names: list[str]) -> str:
-            return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-
-        return (
-            f"{len(self.matched)} tensors matched, {len(self.missing)} missing{some(self.missing)}, "
-            f"{len(self.unexpected)} unexpected{some(self.unexpected)}, "
-            f"{len(self.reshaped)} of another shape{some(self.reshaped)}"
-        )
+# options of ours of which the released code has this value only
+FIXED: dict[str, Any] = dict(
+    padding="same",
+    gamma_in_conv=False,
+    skip_gain=True,
+    eca=False,
+    pool_shortcut=False,
+    channel_divisor=1,
+    stem_channels=(16, 32, 64),
+    stem_strides=(2, 1, 1, 2),
+)
 
 
 class _Refused(pickle.UnpicklingError):
@@ -105,15 +96,6 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused("a reference to outside the file")
 
 
-def is_haiku_file(path: str | os.PathLike) -> bool:
-    """Whether a file starts as a pickle does."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(1) == b"\x80"
-    except OSError:
-        return False
-
-
 def read_haiku(path: str | os.PathLike) -> Tree:
     """{module: {name: array}} of a file; InputError in one line if it holds anything but arrays in mappings."""
     path = Path(path)
@@ -132,6 +114,26 @@ def read_haiku(path: str | os.PathLike) -> Tree:
             if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
                 raise InputError(f"{path} is no haiku weight file: {module}/{name} is no array of floats")
     return {str(module): dict(arrays) for module, arrays in tree.items()}
+
+
+def write_haiku(path: str | os.PathLike, tree: Tree) -> None:
+    """A file that the released code reads, and `read_haiku`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        pickle.dump(tree, file, protocol=4)
+
+
+def describe(tree: Tree, path: str | os.PathLike) -> tuple[str, int, int, int]:
+    """Family (a key of `FAMILIES`), number of blocks, classes and input channels of the network in a file."""
+    parts = [module.split("/~/") for module in tree]
+    for family, (root, block) in FAMILIES.items():
+        stem = tree.get(f"{root}/~/stem_conv0", tree.get(f"{root}/~/initial_conv", {})).get("w")
+        if stem is not None and stem.ndim == 4:
+            blocks = {part[1] for part in parts if len(part) > 2 and re.fullmatch(rf"{block}(_\d+)?", part[1])}
+            classifier = tree.get(f"{root}/~/linear", {}).get("w", np.empty((0, 0)))
+            return family, len(blocks), classifier.shape[-1], stem.shape[2]
+    raise InputError(
+        f"{path} is a haiku weight file, but of none of {', '.join(root for root, _ in FAMILIES.values())}"
+    )
 
 
 def haiku_name(key: str, blocks: list[str], family: str) -> tuple[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from torch import Tensor
 from normfree.config import EvalCrop, InputError
 
 KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save's files began before version 1.6
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -85,19 +88,68 @@ class ModelInfo:
         return info
 
 
-def write_weights(path: str | os.PathLike, state: dict[str, Tensor], info: ModelInfo) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
+@dataclass
+class Report:
+    """What became of every tensor of a foreign file, by name: ours where we have it, else the file's own."""
+
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def some(names: list[str]) -> str:
+            return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+        return (
+            f"{len(self.matched)} tensors matched, {len(self.missing)} missing{some(self.missing)}, "
+            f"{len(self.unexpected)} unexpected{some(self.unexpected)}, "
+            f"{len(self.reshaped)} of another shape{some(self.reshaped)}"
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor found its place."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end, so that a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, temporary, info.to_metadata())
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_weights(path: str | os.PathLike, state: dict[str, Tensor], info: ModelInfo) -> None:
+    """A file of ours: all of it or, on an error, none."""
+    with replacing(path) as temporary:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, temporary, info.to_metadata())
+
+
+def file_kind(path: str | os.PathLike) -> Literal["normfree", "safetensors", "torch", "haiku"]:
+    """What a weight file is by its first bytes and header; "normfree" for what is none, so that it is refused."""
+    with open(path, "rb") as file:
+        start = file.read(len(_OLD_TORCH))
+    # safetensors' first eight bytes are the length of its header, and may look like anything
+    if int.from_bytes(start[:8], "little") >= os.path.getsize(path):
+        if start[:2] == b"PK" or start == _OLD_TORCH:
+            return "torch"
+        if start[:1] == b"\x80":
+            return "haiku"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "normfree" if KEY in (file.metadata() or {}) else "safetensors"
+    except SafetensorError:
+        return "normfree"
 
 
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]:
@@ -108,8 +160,6 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise InputError(f"{path} is a safetensors file, but not one that normfree wrote")
             # copies are aligned as torch's own memory is; sums over tensors that are not differ in the last bit
             state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:

@@ -1,0 +1,92 @@
+"""The table of networks: name -> class and variant, and the builder."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from normfree.config import InputError, nearest
+from normfree.models import bn_resnet, nf_regnet, nf_resnet, nfnet
+from normfree.models.network import Network
+from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
+
+# name -> (class, row of its table); a row's fields are options of the class, but for those of `Variant`
+TABLE: dict[str, tuple[type[Network], Any]] = {
+    name: (family, variant)
+    for family, variants in (
+        (nfnet.NFNet, nfnet.VARIANTS),
+        (nfnet.NFNet, nfnet.LIGHT_VARIANTS),
+        (nf_resnet.NFResNet, nf_resnet.VARIANTS),
+        (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
+        (bn_resnet.BNResNet, bn_resnet.RESNET_VARIANTS),
+        (bn_resnet.BNNFNet, bn_resnet.NFNET_VARIANTS),
+    )
+    for name, variant in variants.items()
+}
+
+
+class Variant(Protocol):
+    """What every row of every table has: pixels, and ImageNet top-1 at `eval_px` as published, or nothing."""
+
+    @property
+    def train_px(self) -> int: ...
+    @property
+    def eval_px(self) -> int: ...
+    @property
+    def published(self) -> str: ...
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` knows, filtered by a shell pattern such as `"nfnet_f*"`."""
+    return fnmatch.filter(TABLE, pattern)
+
+
+def find_variant(name: str) -> Variant:
+    return _find(name)[1]
+
+
+def _find(name: str) -> tuple[type[Network], Any]:
+    if name not in TABLE:
+        raise InputError(f"no model {name!r}{nearest(name, TABLE)}; `normfree models` lists all")
+    return TABLE[name]
+
+
+def _options(family: type[Network]) -> list[str]:
+    """What `create_model` passes on to a class: its arguments but for those of its own."""
+    names = inspect.signature(family.__init__).parameters
+    return [name for name in names if name not in ("self", "num_classes", "in_channels")]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Every option of a network of the zoo with the value that it has when nothing is said."""
+    family, variant = _find(name)
+    signature = inspect.signature(family.__init__).parameters
+    row = asdict(variant)
+    return {key: row.get(key, signature[key].default) for key in _options(family)}
+
+
+def build(name: str, num_classes: int, in_channels: int, overrides: Mapping[str, Any]) -> Network:
+    """A fresh network; InputError for an unknown name or option and for impossible values."""
+    family, variant = _find(name)
+    known = _options(family)
+    unknown = next((key for key in overrides if key not in known), None)
+    if unknown is not None:
+        raise InputError(f"{name} has no option {unknown!r}{nearest(unknown, known)}; known: {', '.join(known)}")
+    own = {key: value for key, value in asdict(variant).items() if key in known}
+    model = family(num_classes=num_classes, in_channels=in_channels, **(own | dict(overrides)))
+    # a mean and a deviation for every input channel; ImageNet's belong to RGB
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.5,) * in_channels, (0.25,) * in_channels)
+    model.info = ModelInfo(
+        name,
+        num_classes,
+        in_channels,
+        dict(overrides),
+        train_px=variant.train_px,
+        eval_px=variant.eval_px,
+        mean=mean,
+        std=std,
+    )
+    return model

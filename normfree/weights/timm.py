@@ -1,0 +1,218 @@
+"""timm's normalizer-free networks: which of ours each one is, their tensors' names and shapes, their files.
+
+timm computes a little differently (docs/parity.md). A network of ours does the same with the options in
+`ARCHITECTURES`, which a converted file records, so the function is kept to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from normfree.config import InputError
+from normfree.weights.file import Report, file_kind, replacing
+
+_EPS = {"ws_eps": 1e-5}
+_DM = _EPS | {"activation": "gelu_erf"}
+_OWN = _EPS | {"padding": "symmetric", "gamma_in_conv": True, "skip_gain": False}
+_RES = _OWN | {"pool_shortcut": True}
+
+
+def _reg(final_width: int, *width: int) -> dict[str, Any]:
+    return _OWN | {"channel_divisor": 8, "width": width, "final_width": final_width}
+
+
+# timm's name -> our name and the options that make ours compute what timm's does
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"dm_nfnet_f{i}": (f"nfnet_f{i}", _DM) for i in range(7)},
+    **{f"nfnet_f{i}": (f"nfnet_f{i}", _OWN | _DM) for i in range(8)},
+    **{name: (name, {}) for name in ("nfnet_l0", "eca_nfnet_l0", "eca_nfnet_l1", "eca_nfnet_l2")},
+    **{f"nf_resnet{i}": (f"nf_resnet{i}", _RES) for i in (26, 50, 101)},
+    **{f"nf_seresnet{i}": (f"nf_resnet{i}", _RES | {"se_ratio": 1 / 16}) for i in (26, 50, 101)},
+    **{f"nf_ecaresnet{i}": (f"nf_resnet{i}", _RES | {"eca": True}) for i in (26, 50, 101)},
+    "nf_regnet_b0": ("nf_regnet_b0", _reg(960, 40, 80, 160, 328)),
+    "nf_regnet_b1": ("nf_regnet_b1", _reg(960, 40, 80, 160, 328)),
+    "nf_regnet_b2": ("nf_regnet_b2", _reg(1064, 40, 88, 176, 368)),
+    "nf_regnet_b3": ("nf_regnet_b3", _reg(1152, 40, 96, 184, 400)),
+    "nf_regnet_b4": ("nf_regnet_b4", _reg(1344, 48, 112, 216, 464)),
+    "nf_regnet_b5": ("nf_regnet_b5", _reg(1536, 64, 128, 256, 528)),
+}
+
+_RESNETS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 26, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
+_REGNETS: dict[tuple[int, ...], str] = {
+    (1, 3, 6, 6): "b0",
+    (2, 4, 7, 7): "b1",
+    (2, 4, 8, 8): "b2",
+    (2, 5, 9, 9): "b3",
+    (2, 6, 11, 11): "b4",
+    (3, 7, 14, 14): "b5",
+}
+
+# How timm prepares pictures for its own weights, where our variant says otherwise: training px, test px, share cropped.
+_PREPARED = {"nf_resnet50": (256, 288, 0.94), "nf_regnet_b1": (256, 288, 0.9), "nfnet_l0": (224, 288, 1.0)}
+_PREPARED |= {
+    f"eca_nfnet_l{i}": (px, test_px, 1.0) for i, (px, test_px) in enumerate([(224, 288), (256, 320), (320, 384)])
+}
+
+_BLOCK = {"conv0": "conv1", "conv1": "conv2", "conv1b": "conv2b", "conv2": "conv3"}
+_BLOCK |= {"conv_shortcut": "downsample.conv", "skip_gain": "skipinit_gain"}
+
+
+def timm_name(key: str) -> str:
+    """timm's name of our tensor `key`.
+
+    >>> timm_name("stages.1.0.conv1b.gain"), timm_name("stem.conv0.weight")
+    ('stages.1.0.conv2b.gain', 'stem.conv1.weight')
+    """
+    if key.startswith("stem."):
+        return re.sub(r"conv(\d)", lambda found: f"conv{int(found[1]) + 1}", key)
+    if key.startswith("stages."):
+        stages, i, j, layer, *rest = key.split(".")
+        return ".".join([stages, i, j, _BLOCK.get(layer, "attn_last" if layer == "se" else layer), *rest])
+    return key
+
+
+def recognise(state: Mapping[str, Tensor]) -> str:
+    """The name of timm's architecture that has these tensors; InputError if it is none of `ARCHITECTURES`."""
+    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
+    depth = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
+    gate = "eca" if any(key.endswith("attn_last.conv.weight") for key in state) else ""
+    name = ""
+    if "stem.conv4.weight" in state:
+        size = depth[0] - 1
+        inner, outer = (state.get(f"stages.0.0.conv{i}.weight", torch.empty(0)).shape[0] for i in (1, 3))
+        if any(key.endswith("skipinit_gain") for key in state):
+            name = f"dm_nfnet_f{size}"
+        else:
+            name = f"{gate}_nfnet_l{size}".lstrip("_") if 4 * inner == outer else f"nfnet_f{size}"
+    elif "stem.conv.weight" in state and "final_conv.weight" in state:
+        name = f"nf_regnet_{_REGNETS.get(depth)}"
+    elif "stem.conv.weight" in state:
+        gate = gate or ("se" if any(".attn_last." in key for key in state) else "")
+        name = f"nf_{gate}resnet{_RESNETS.get(depth)}"
+    if name not in ARCHITECTURES:
+        raise InputError(
+            "it is no file that normfree wrote, nor are its tensors of a normalizer-free network of timm's"
+        )
+    return name
+
+
+def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `ModelInfo` says of the images: from a Hub repository's config.json, or from timm's table.
+
+    timm squeezes pictures for DeepMind's weights to a square as the authors do, and takes the middle for its own.
+    """
+    said: dict[str, Any] = {}
+    if name in _PREPARED:
+        train_px, eval_px, crop = _PREPARED[name]
+        said = dict(train_px=train_px, eval_px=eval_px, crop_fraction=crop)
+    said["eval_crop"] = "resize_crop" if name.startswith("dm_") else "center"
+    if config is not None:
+        cfg = config.get("pretrained_cfg", {})
+        train = cfg["input_size"]
+        said |= dict(train_px=train[-1], eval_px=cfg.get("test_input_size", train)[-1])
+        said |= dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+        said |= dict(crop_fraction=cfg.get("test_crop_pct", cfg["crop_pct"]), licence=cfg.get("license", ""))
+        said["eval_crop"] = "resize_crop" if cfg.get("crop_mode") == "squash" else "center"
+    return said
+
+
+def read_timm(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or a torch file; of a training checkpoint, its EMA weights if it has them.
+
+    Torch files are read with `weights_only`, which runs no code of the file. InputError for anything else.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, "cpu", weights_only=True) if file_kind(path) == "torch" else load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or no weight file ({' '.join(str(error).split())})") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"a weight file has no business with {found[1]}" if found else "it is damaged or holds more than tensors"
+        )
+        raise InputError(f"{path} is refused: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is damaged or no weight file ({reason})") from None
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds no state dict: names with tensors are expected")
+    return {str(key).removeprefix("module."): value.clone() for key, value in content.items()}
+
+
+def _timm_key(key: str, names: Mapping[str, Any]) -> str:
+    """NF-RegNets call their gate `attn`, all others `attn_last`."""
+    name = timm_name(key)
+    return name if name in names else name.replace(".attn_last.", ".attn.")
+
+
+def from_timm(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
+    """timm's tensors under our names and in our shapes: gains (C,), squeeze-excite (out, in).
+
+    `like` is a state dict of the network that they are for; what differs from it in name or shape is in the report.
+    """
+    report, ours, left = Report(), {}, dict(state)
+    for key, own in like.items():
+        value = left.pop(_timm_key(key, state), None)
+        if value is None:
+            report.missing.append(key)
+        elif [side for side in value.shape if side > 1] != [side for side in own.shape if side > 1]:
+            report.reshaped.append(f"{key} {tuple(value.shape)} for {tuple(own.shape)}")
+        else:
+            ours[key] = value.reshape(own.shape).float()
+            report.matched.append(key)
+    report.unexpected = sorted(left)
+    return ours, report
+
+
+def to_timm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The inverse of `from_timm` for timm's architecture `name`."""
+    theirs = {}
+    for key, value in state.items():
+        theirs_key = timm_name(key)
+        if "regnet" in name:
+            theirs_key = theirs_key.replace(".attn_last.", ".attn.")
+        if key.endswith(".gain") or re.search(r"\.se\.fc\d\.weight$", key):
+            value = value.reshape(*value.shape, *[1] * (4 - value.ndim)) if value.ndim > 1 else value.view(-1, 1, 1, 1)
+        theirs[theirs_key] = value.detach().cpu().contiguous()
+    return theirs
+
+
+def write_timm(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
+    """A state dict as .safetensors, or with any other ending as torch.save writes it."""
+    with replacing(path) as temporary:
+        if Path(path).suffix == ".safetensors":
+            save_file(state, temporary, {"format": "pt"})
+        else:
+            torch.save(state, temporary)
+
+
+def with_epsilon(state: Mapping[str, Tensor], old: float | None, new: float | None) -> dict[str, Tensor]:
+    """The gains with which weight standardization with epsilon `new` gives what `state` gives with `old` (`WSConv`)."""
+    state = dict(state)
+    if old == new:
+        return state
+
+    def variance(weight: Tensor, eps: float | None) -> Tensor:
+        var = weight.double().flatten(1).var(1, correction=0)
+        return var.clamp(min=1e-4 / weight[0].numel()) if eps is None else var + eps
+
+    for key in [key for key in state if key.endswith(".gain")]:
+        weight = state[key.removesuffix("gain") + "weight"]
+        ratio = (variance(weight, new) / variance(weight, old)).sqrt()
+        state[key] = (state[key] * ratio).to(state[key].dtype)
+    return state
