@@ -41,7 +41,8 @@ class Train:
 
     run: RunConfig = field(default_factory=RunConfig)
     recipe: str | None = None
-    """Where the defaults come from: mnist5k, small_images or photos; None: what fits the images."""
+    """Where the defaults come from: mnist5k, small_images, photos, or a rung of the paper's ladder such as
+    nfnet_f0_baseline; None: what fits the images."""
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint."""
     out: str | None = None

@@ -1,7 +1,5 @@
 """timm as an oracle: what agrees exactly, and the size of every difference that docs/parity.md lists."""
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from normfree.layers import ACTIVATIONS, SqueezeExcite, WSConv2d
 from normfree.models import NFNet, create_model
 from normfree.models.nfnet import NFBlock
 from normfree.optim import EMA, adaptive_clip_grad_, param_groups
+from normfree.weights.timm import timm_name, to_timm
 
 REASON = "timm is the reference of these tests: pip install timm"
 timm = pytest.importorskip("timm", reason=REASON)
@@ -26,36 +25,10 @@ timm_optim = pytest.importorskip("timm.optim", reason=REASON)
 WIDTH, DEPTH, STEM = (64, 80, 128, 128), (1, 2, 2, 1), (4, 8, 16, 32)  # 80 / 2 is rounded down to a multiple of 16
 SIDES = [(64, 64), (61, 67), (33, 96)]
 
-# ours -> timm inside a block; matched whole, so that their order does not matter
-BLOCK_NAMES = {
-    "conv0": "conv1",
-    "conv1": "conv2",
-    "conv1b": "conv2b",
-    "conv2": "conv3",
-    "conv_shortcut": "downsample.conv",
-    "se": "attn_last",
-    "skip_gain": "skipinit_gain",
-}
-
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-def timm_name(name: str) -> str:
-    if name.startswith("stem."):
-        return re.sub(r"conv(\d)", lambda m: f"conv{int(m[1]) + 1}", name)
-    if name.startswith("stages."):
-        stages, i, j, layer, *rest = name.split(".")
-        return ".".join([stages, i, j, BLOCK_NAMES[layer], *rest])
-    return name
-
-
-def to_timm(state: Mapping[str, Tensor], reference: nn.Module) -> dict[str, Tensor]:
-    """A state dict of ours under timm's names and shapes: gains (C, 1, 1, 1), squeeze-excite as 1x1 convolutions."""
-    shapes = {name: value.shape for name, value in reference.state_dict().items()}
-    return {timm_name(name): value.reshape(shapes[timm_name(name)]) for name, value in state.items()}
 
 
 def randomize_(model: NFNet) -> None:
@@ -87,7 +60,7 @@ def small_pair(dtype: torch.dtype = torch.float64) -> tuple[NFNet, Any]:
     ours = NFNet(WIDTH, DEPTH, 10, group_width=16, stem_channels=STEM[:3], stochastic_depth=0.0)
     randomize_(ours)
     theirs = timm.create_model("dm_nfnet_f0", num_classes=10, **small_options())
-    theirs.load_state_dict(to_timm(ours.state_dict(), theirs))
+    theirs.load_state_dict(to_timm(ours.state_dict(), "dm_nfnet_f0"))
     set_numerics(theirs, tanh_gelu=True, no_epsilon=True)
     return ours.to(dtype), theirs.to(dtype)
 
@@ -140,7 +113,7 @@ def test_f0_differences_are_all_listed():
     randomize_(ours)
     with torch.device("meta"):
         theirs = timm.create_model("dm_nfnet_f0").eval()
-    theirs.load_state_dict(to_timm(ours.state_dict(), theirs), assign=True)
+    theirs.load_state_dict(to_timm(ours.state_dict(), "dm_nfnet_f0"), assign=True)
     images = torch.randn(2, 3, 64, 64)
     errors = {}
     with torch.no_grad():

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from normfree.config import RunConfig
-from normfree.recipes import small
+from normfree.recipes import imagenet, small
 
 RECIPES: dict[str, Callable[[str], RunConfig]] = {
     "mnist5k": small.mnist5k,
     "small_images": small.small_images,
     "photos": small.photos,
+    **imagenet.RECIPES,
 }
