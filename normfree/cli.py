@@ -153,10 +153,9 @@ def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") ->
         f"{'model':<15}{'params':>10}{'train px':>10}{'GMACs':>9}{'test px':>9}{'GMACs':>9}  published ImageNet top-1"
     )
     for row in rows:
-        published = f"{row.published} (paper)" if row.published else "-"
         print(
             f"{row.name:<15}{row.params / 1e6:>8.2f} M{row.train_px:>10}{row.train_macs / 1e9:>9.2f}"
-            f"{row.test_px:>9}{row.test_macs / 1e9:>9.2f}  {published}"
+            f"{row.test_px:>9}{row.test_macs / 1e9:>9.2f}  {row.published or '-'}"
         )
 
 

@@ -1,0 +1,569 @@
+"""Weights from and to the Hub, against a local server that speaks the paths which huggingface_hub uses.
+
+huggingface_hub reads its environment when it is imported, so there is one other Python for each environment.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
+
+from normfree.config import InputError
+from normfree.weights.hub import HubURI, is_hub_uri, parse_uri
+
+WEIGHTS = save({"head.weight": np.arange(3000, dtype=np.float32).reshape(30, 100)}, {"licence": "Apache-2.0"})
+CONFIG = {"architecture": "dm_nfnet_f0", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 192, 192]}}
+numbers = itertools.count()
+TOKEN = "hf_of_ann"
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class FakeHub:
+    """Repositories in memory behind two HTTP servers: the site, and the host that LFS files are redirected to.
+
+    `sent` has what is sent instead of a file's true content; `refusals` has (status, X-Error-Code) of repositories.
+    """
+
+    def __init__(self):
+        self.reset()
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self.handler()) for _ in range(2)]
+        self.site, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def reset(self):
+        """One repository, of a new name since clients share a cache."""
+        self.repo = f"ann/nfnet.{next(numbers)}"
+        self.uri = f"hf://{self.repo}"
+        self.files = {"model.safetensors": WEIGHTS, "config.json": json.dumps(CONFIG).encode()}
+        self.repos = {self.repo: {"main": self.files}}
+        self.sent, self.refusals, self.uploads, self.log = {}, {}, {}, []
+        self.dropped = 0  # how many of the next downloads break off half-way
+
+    def stop(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def handler(self):
+        def handle(request):
+            body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+            on_site = request.server is self.servers[0]
+            if any(part in request.path for part in ("/resolve/", "/cdn/", "/commit/")):  # files, no small talk
+                self.log.append((request.command, request.path, request.headers.get("Authorization"), on_site))
+            status, headers, content = self.answer(request.command, request.path.strip("/"), request.headers, body)
+            request.send_response(status)
+            for name, value in ({"Content-Length": len(content)} | headers).items():
+                request.send_header(name, str(value))
+            request.end_headers()
+            if request.command == "GET" and self.dropped and not on_site:
+                self.dropped -= 1
+                content = content[: len(content) // 2]
+            if request.command != "HEAD":
+                request.wfile.write(content)
+
+        methods = {f"do_{method}": handle for method in ("HEAD", "GET", "POST", "PUT")}
+        return type("Handler", (BaseHTTPRequestHandler,), {**methods, "log_message": lambda *_: None})
+
+    def answer(self, method, path, headers, body):
+        """(status, headers, content) of one request."""
+        parts = path.split("/")
+        if parts[0] == "cdn":
+            if method == "PUT":
+                self.uploads[parts[1]] = body
+                return 200, {}, b""
+            content = self.sent.get(parts[1]) or self.content(parts[1])
+            start = int(headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            whole = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+            return 206 if start else 200, whole, content[start:]
+        if parts[2:3] == ["resolve"]:
+            return self.resolve("/".join(parts[:2]), parts[3].replace("%2F", "/"), "/".join(parts[4:]))
+        if path == "api/validate-yaml":
+            return 200, {}, b'{"errors": [], "warnings": []}'
+        if method == "POST" and headers.get("Authorization") != f"Bearer {TOKEN}":
+            return 403, {"X-Error-Message": "You have no right to write"}, b"{}"
+        data = [json.loads(line) for line in body.splitlines()]
+        return 200, {}, json.dumps(self.api(path, data)).encode()
+
+    def content(self, oid):
+        files = (file for revisions in self.repos.values() for files in revisions.values() for file in files.values())
+        return next(file for file in files if sha256(file) == oid)
+
+    def resolve(self, repo, revision, name):
+        if repo in self.refusals:
+            status, code = self.refusals[repo]
+            return status, {"X-Error-Code": code}, b""
+        if repo not in self.repos:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if revision not in self.repos[repo]:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        files = self.repos[repo][revision]
+        commit = {"X-Repo-Commit": git_sha1(repr(sorted(files.items())).encode())}
+        if name not in files:
+            return 404, {"X-Error-Code": "EntryNotFound"} | commit, b""
+        content = files[name]
+        if name.endswith((".safetensors", ".bin")):
+            oid = sha256(content)
+            linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content), "ETag": '"pointer"'}
+            return 302, commit | linked | {"Location": f"{self.cdn}/cdn/{oid}"}, b""
+        return 200, commit | {"ETag": f'"{git_sha1(content)}"'}, self.sent.get(name) or content
+
+    def api(self, path, data):
+        """JSON of the answer to a write, or about a repository."""
+        if path == "api/repos/create":
+            repo = f"{data[0]['organization']}/{data[0]['name']}"
+            self.repos.setdefault(repo, {"main": {}})
+            self.visibility = data[0].get("visibility")
+            return {"url": f"{self.site}/{repo}"}
+        if "/preupload/" in path:
+            modes = [(file["path"], "regular" if file["path"].endswith(".md") else "lfs") for file in data[0]["files"]]
+            return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]}
+        if path.endswith("info/lfs/objects/batch"):
+            upload = [{"href": f"{self.cdn}/cdn/{item['oid']}"} for item in data[0]["objects"]]
+            actions = [item | {"actions": {"upload": to}} for item, to in zip(data[0]["objects"], upload, strict=True)]
+            return {"transfer": "basic", "objects": actions}
+        if "/commit/" in path:
+            repo, revision = path.removeprefix("api/models/").split("/commit/")
+            files = self.repos[repo].setdefault(revision, {})
+            for line in data[1:]:
+                value = line["value"]
+                regular = line["key"] == "file"
+                files[value["path"]] = base64.b64decode(value["content"]) if regular else self.uploads.pop(value["oid"])
+            return {"commitUrl": f"{self.site}/{repo}/commit/abc", "commitOid": "abc"}
+        return {"id": path.removeprefix("api/models/")}
+
+
+# normfree.weights would import torch, which these calls do not need
+SCRIPT = """
+import json, sys, types
+package = types.ModuleType("normfree.weights")
+package.__path__ = [sys.argv[1]]
+sys.modules["normfree.weights"] = package
+if sys.argv[2] == "without":
+    sys.modules["huggingface_hub"] = None
+from normfree.config import InputError
+from normfree.weights import hub
+assert sys.modules.get("huggingface_hub") is None and "torch" not in sys.modules
+for line in sys.stdin:
+    name, arguments = json.loads(line)
+    try:
+        value = getattr(hub, name)(**arguments)
+        answer = [value if name == "fetch_config" else str(value), None]
+    except InputError as error:
+        answer = [None, str(error)]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Client:
+    """Calls the functions of normfree.weights.hub in another Python, whose environment is given."""
+
+    def __init__(self, site: str, cache: Path, library="with", **environment):
+        self.cache = cache
+        unset = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment = {
+            "HF_ENDPOINT": site,
+            "HF_HOME": str(cache),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",  # plain LFS, which the server here speaks
+            "NO_PROXY": "127.0.0.1",
+        } | environment
+        package = Path(importlib.util.find_spec("normfree.weights.hub").origin).parent
+        command = [sys.executable, "-c", SCRIPT, str(package), library]
+        pipe = subprocess.PIPE
+        self.environment = unset | environment
+        self.python = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, text=True)
+
+    def call(self, name, **arguments):
+        """The value, or InputError as it was raised; anything else that is raised ends the other Python."""
+        self.python.stdin.write(json.dumps([name, arguments]) + "\n")
+        self.python.stdin.flush()
+        value, error = json.loads(self.python.stdout.readline())
+        if error is not None:
+            assert "\n" not in error
+            raise InputError(error)
+        return value
+
+    def fetch(self, uri, **arguments):
+        return Path(self.call("fetch", uri=uri, **arguments))
+
+    def blobs(self, repo):
+        return [path.name for path in (self.cache / "hub" / f"models--{repo.replace('/', '--')}").glob("blobs/*")]
+
+    def stop(self):
+        self.python.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = FakeHub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def hub(server):
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def start(server, tmp_path_factory):
+    """Starts clients that share one cache."""
+    cache, clients = tmp_path_factory.mktemp("cache"), []
+
+    def start(site=server.site, **options):
+        clients.append(Client(site, cache, **options))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.stop()
+
+
+@pytest.fixture(scope="module")
+def client(start):
+    return start()
+
+
+@pytest.fixture(scope="module")
+def offline(start):
+    return start(HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def unreachable(start):
+    """A client whose HF_ENDPOINT is a closed port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return start(f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("hf://timm/dm_nfnet_f0.dm_in1k", ("timm/dm_nfnet_f0.dm_in1k", None, None)),
+        ("hf://a/b@v1.0", ("a/b", "v1.0", None)),
+        ("hf://a/b/x.bin", ("a/b", None, "x.bin")),
+        ("hf://a/b@main/f0/x@2.bin", ("a/b", "main", "f0/x@2.bin")),
+        ("hf://a/b@refs/pr/3/x.bin", ("a/b", "refs/pr/3", "x.bin")),
+        ("hf://a/b@new%2Fidea/x.bin", ("a/b", "new/idea", "x.bin")),
+    ],
+)
+def test_parts_of_an_address(uri, parts):
+    assert is_hub_uri(uri)
+    assert parse_uri(uri) == HubURI(*parts)
+
+
+words = st.lists(st.text("aZ0_", min_size=1, max_size=4), min_size=1, max_size=3).map("-".join)
+paths = st.lists(words, min_size=1, max_size=3).map("/".join)
+
+
+@given(words, words, st.none() | words, st.none() | paths)
+def test_an_address_gives_back_its_parts(owner, name, revision, file):
+    uri = f"hf://{owner}/{name}" + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
+    assert parse_uri(uri) == HubURI(f"{owner}/{name}", revision, file)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://",
+        "hf://a",
+        "hf://a/",
+        "hf://a/b/",
+        "hf://a/b@",
+        "hf://a/b@/x",
+        "hf://a/b//x",
+        "hf://a/b/../x",
+        "a/b",
+        "hf://datasets/a/b",
+        "hf://.a/b",
+        "hf://a/b c",
+        "hf://a/b\n",
+        "https://huggingface.co/a/b",
+    ],
+)
+def test_a_malformed_address_is_refused_with_an_example(uri):
+    with pytest.raises(InputError, match=r"as in hf://timm/dm_nfnet_f0\.dm_in1k") as raised:
+        parse_uri(uri)
+    assert "\n" not in str(raised.value)
+
+
+def test_paths_are_no_addresses():
+    assert not is_hub_uri(Path("hf://a/b"))
+    assert not is_hub_uri("weights/f0.safetensors")
+
+
+# ---- reading
+
+
+def test_download_is_byte_for_byte_and_comes_from_the_cache_afterwards(hub, client, offline, unreachable):
+    path = client.fetch(hub.uri)
+    assert path.read_bytes() == WEIGHTS
+    assert load_file(path)["head.weight"].sum() == 3000 * 2999 / 2
+    assert path.is_relative_to(client.cache)
+    assert path.name == "model.safetensors"
+    assert client.blobs(hub.repo) == [sha256(WEIGHTS)]
+    keys = {(on_site, key) for _, _, key, on_site in hub.log}
+    assert keys == {(True, f"Bearer {TOKEN}"), (False, None)}  # the token goes to HF_ENDPOINT and to no other host
+
+    hub.log.clear()
+    assert client.fetch(hub.uri) == path
+    assert {method for method, *_ in hub.log} == {"HEAD"}  # asked whether it changed, not downloaded
+    hub.log.clear()
+    assert offline.fetch(hub.uri) == unreachable.fetch(hub.uri) == path
+    assert not hub.log
+
+
+def test_files_revisions_and_candidates(hub, client, offline):
+    old = save({"w": np.zeros(2, np.float32)})
+    hub.repos[hub.repo] |= {"v0/first": {"pytorch_model.bin": b"old"}, "v1": {"f0/ema.safetensors": old, "b.bin": b"b"}}
+    first = client.fetch(f"{hub.uri}@v0%2Ffirst")
+    assert first.read_bytes() == b"old"
+    assert client.fetch(f"{hub.uri}@v1/f0/ema.safetensors").read_bytes() == old
+    assert client.fetch(f"{hub.uri}@v1", names=["a.bin", "b.bin"]).read_bytes() == b"b"
+    with pytest.raises(InputError, match=r"no file model.safetensors or pytorch_model.bin at revision v1: .*/FILE"):
+        client.fetch(f"{hub.uri}@v1")
+    assert offline.fetch(f"{hub.uri}@v0%2Ffirst") == first  # the second candidate is found there too
+
+
+def test_config(hub, client, offline):
+    hub.repos |= {"a/none": {"main": {"x": b""}}, "a/b": {"main": {"config.json": b"{oops"}}}
+    hub.repos["a/c"] = {"main": {"config.json": b"[1]"}}
+    for reader in (client, offline):  # what a repository lacks is remembered in the cache
+        assert reader.call("fetch_config", uri=hub.uri) == CONFIG
+        assert reader.call("fetch_config", uri="hf://a/none") is None
+    for name in "bc":
+        with pytest.raises(InputError, match=f"config.json of a/{name} is no JSON object"):
+            client.call("fetch_config", uri=f"hf://a/{name}")
+    with pytest.raises(InputError, match="no repository a/d"):
+        client.call("fetch_config", uri="hf://a/d")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("hf://a/missing", "SITE has no repository a/missing, or it is private: .*`hf auth login`.*HF_TOKEN"),
+        ("URI/x.bin", "has no file x.bin at revision main: name one"),
+        ("URI@v9", "has no revision 'v9': name a branch, tag or commit"),
+        ("hf://a/gated", "a/gated is gated: ask for access at SITE/a/gated, then .*HF_TOKEN"),
+        ("hf://a/gated401", "a/gated401 is gated: ask for access at SITE/a/gated401, then .*HF_TOKEN"),
+        ("hf://a/private", "has no repository a/private, or it is private: .*HF_TOKEN"),
+        ("hf://a/closed", "has no repository a/closed, or it is private: .*HF_TOKEN"),
+        ("hf://a/busy", "SITE answered 500 for a/busy"),
+        ("hf://a/no", "SITE answered 403 for a/no .*HF_TOKEN"),
+        ("hf://a/b--c", "a/b--c failed .*Cannot have -- or .."),
+    ],
+)
+def test_what_is_not_there_is_said(hub, client, uri, message):
+    hub.refusals = {"a/gated": (403, "GatedRepo"), "a/private": (401, "RepoNotFound"), "a/closed": (401, "")}
+    hub.refusals |= {"a/gated401": (401, "GatedRepo"), "a/busy": (500, ""), "a/no": (403, "")}
+    with pytest.raises(InputError, match=message.replace("SITE", hub.site)):
+        client.fetch(uri.replace("URI", hub.uri))
+
+
+def test_offline_and_not_in_the_cache(hub, offline):
+    with pytest.raises(InputError, match=f"HF_HUB_OFFLINE is set and {hub.repo} is not in the cache .*unset it"):
+        offline.fetch(hub.uri)
+
+
+def test_unreachable_server_is_named_without_long_retries(hub, unreachable):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"no connection to http://127.0.0.1:\d+ .*HF_ENDPOINT"):
+        unreachable.fetch(hub.uri)
+    assert time.monotonic() - start < 10  # huggingface_hub alone tries for 23 s
+
+
+def test_a_server_that_is_no_hub(hub, client, monkeypatch):
+    monkeypatch.setattr(hub, "resolve", lambda *_: (200, {}, b"<html>Please log in to the hotel's network</html>"))
+    with pytest.raises(InputError, match=f"downloading from {hub.repo} failed .*X-Repo-Commit"):
+        client.fetch(hub.uri)
+
+
+# ---- integrity
+
+
+@pytest.mark.parametrize(("name", "hash_of"), [("model.safetensors", sha256), ("config.json", git_sha1)])
+def test_a_wrong_hash_is_refused_and_the_next_try_downloads_anew(hub, client, name, hash_of):
+    content = hub.files[name]
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    good, bad = hash_of(content), hash_of(flipped)
+    hub.sent = {name: flipped, good: flipped}
+    with pytest.raises(InputError, match=f"{name} is damaged .hash {bad[:12]}, where the Hub lists {good[:12]}"):
+        client.fetch(f"{hub.uri}/{name}")
+    assert client.blobs(hub.repo) == []
+    hub.sent.clear()
+    assert client.fetch(f"{hub.uri}/{name}").read_bytes() == content
+
+
+def test_a_file_damaged_in_the_cache_is_refused_also_offline(hub, client, offline, tmp_path):
+    path = client.fetch(hub.uri)
+    blob, shared = path.resolve(), tmp_path / "shared"
+    shutil.move(blob, shared)
+    blob.symlink_to(shared)  # as where repositories share their blobs
+    shared.write_bytes(WEIGHTS[:-4])
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+        offline.fetch(hub.uri)
+    assert not any(os.path.lexists(place) for place in (path, blob, shared))
+    assert client.fetch(hub.uri).read_bytes() == WEIGHTS
+
+
+def test_a_file_whose_tag_is_no_hash_is_taken(hub, client, monkeypatch):
+    monkeypatch.setattr(hub, "resolve", lambda *_: (200, {"X-Repo-Commit": "c" * 40, "ETag": '"version-7"'}, b"w"))
+    assert client.fetch(f"{hub.uri}/x.txt").read_bytes() == b"w"
+    assert client.blobs(hub.repo) == ["version-7"]
+
+
+def test_a_file_of_the_wrong_size_is_refused(hub, client):
+    hub.sent[sha256(WEIGHTS)] = WEIGHTS[:-1]
+    message = f"should be of size {len(WEIGHTS)} but has size {len(WEIGHTS) - 1}"
+    with pytest.raises(InputError, match=f"downloading from {hub.repo} failed .*{message}"):
+        client.fetch(hub.uri)
+    assert client.blobs(hub.repo) == []
+    hub.sent.clear()
+    assert client.fetch(hub.uri).read_bytes() == WEIGHTS
+
+
+def test_a_download_that_breaks_off_goes_on(hub, client):
+    hub.dropped = 1
+    assert client.fetch(hub.uri).read_bytes() == WEIGHTS
+    assert [on_site for method, *_, on_site in hub.log if method == "GET"] == [False, False]
+
+
+# ---- writing
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(WEIGHTS)
+    return str(path)
+
+
+def test_what_is_pushed_is_what_is_fetched(hub, client, file):
+    card = "---\nlicense: apache-2.0\n---\n# A network – ours\n"
+    uri = f"{hub.uri}.new"
+    url = client.call("push", path=file, uri=uri, card=card, private=True)
+    assert url == f"{hub.site}/{hub.repo}.new/commit/abc"
+    assert hub.repos[f"{hub.repo}.new"]["main"] == {"model.safetensors": WEIGHTS, "README.md": card.encode()}
+    assert hub.visibility == "private"
+    assert sum("/commit/" in path for _, path, *_ in hub.log) == 1
+    assert client.fetch(uri).read_bytes() == WEIGHTS
+    assert client.fetch(f"{uri}/README.md").read_text() == card
+
+
+def test_push_to_a_named_file_without_a_card(hub, client, file):
+    client.call("push", path=file, uri=f"{hub.uri}/f1/ema.safetensors")
+    assert hub.files.keys() == {"model.safetensors", "config.json", "f1/ema.safetensors"}
+    assert hub.visibility == "public"
+
+
+def test_push_to_a_store_that_refuses(hub, client, file, monkeypatch):
+    answer = hub.answer
+    monkeypatch.setattr(hub, "answer", lambda how, *rest: (403, {}, b"") if how == "PUT" else answer(how, *rest))
+    with pytest.raises(InputError, match=f"no permission to write to {hub.repo}"):
+        client.call("push", path=file, uri=hub.uri)
+
+
+def test_push_that_cannot_be(hub, start, client, offline, unreachable, file):
+    bob = start(HF_TOKEN="hf_of_bob")
+    with pytest.raises(InputError, match=f"no permission to write to {hub.repo} at {hub.site}: .*write access"):
+        bob.call("push", path=file, uri=hub.uri)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set and nothing can be uploaded"):
+        offline.call("push", path=file, uri=hub.uri)
+    with pytest.raises(InputError, match=r"no connection to http://127.0.0.1:\d+"):
+        unreachable.call("push", path=file, uri=hub.uri)
+    with pytest.raises(InputError, match=r"no file '.*nothing.safetensors' to upload"):
+        client.call("push", path=f"{file}/nothing.safetensors", uri=hub.uri)
+    assert hub.files.keys() == {"model.safetensors", "config.json"}
+
+
+@pytest.mark.parametrize("name", ["fetch", "fetch_config", "push"])
+def test_without_the_library_the_remedy_is_named(start, hub, file, name):
+    without = start(library="without")
+    with pytest.raises(InputError, match=r'pip install "normfree\[hub\]"'):
+        without.call(name, uri=hub.uri, **({"path": file} if name == "push" else {}))
+
+
+# ---- the command line
+
+
+def test_timm_weights_from_the_hub_and_ours_to_it(hub, start, tmp_path):
+    """A repository of timm's: its config.json says how pictures are prepared; then one of ours, pushed and read."""
+    timm = pytest.importorskip("timm", reason="timm's network is the reference: pip install timm")
+    torch = pytest.importorskip("torch")
+    theirs = timm.create_model("nf_regnet_b0", num_classes=7).eval()
+    config = {
+        "architecture": "nf_regnet_b0",
+        "num_classes": 7,
+        "pretrained_cfg": {
+            "input_size": [3, 160, 160],
+            "test_input_size": [3, 208, 208],
+            "crop_pct": 0.9,
+            "test_crop_pct": 0.95,
+            "crop_mode": "center",
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.2, 0.2],
+            "license": "apache-2.0",
+        },
+    }
+    hub.files["model.safetensors"] = save({k: v.numpy() for k, v in theirs.state_dict().items()}, {"format": "pt"})
+    hub.files["config.json"] = json.dumps(config).encode()
+    environment = start().environment | {"OMP_NUM_THREADS": "1"}
+
+    def convert(source, out):
+        command = [sys.executable, "-m", "normfree", "convert", source, str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    import normfree
+
+    said = convert(hub.uri, tmp_path / "ours.safetensors")
+    assert "0 missing, 0 unexpected" in said
+    ours = normfree.load(tmp_path / "ours.safetensors")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), rtol=1e-4, atol=1e-6)
+    info = ours.info
+    assert (info.train_px, info.eval_px, info.eval_crop, info.crop_fraction) == (160, 208, "center", 0.95)
+    assert (info.mean, info.std, info.licence) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "apache-2.0")
+
+    pushed = f"{hub.uri}.ours"
+    assert f"pushed to {hub.site}/{hub.repo}.ours/commit/" in convert(str(tmp_path / "ours.safetensors"), pushed)
+    files = hub.repos[f"{hub.repo}.ours"]["main"]
+    assert f'normfree.load("{pushed}")' in files["README.md"].decode()
+    convert(pushed, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
+    hub.files["config.json"] = b'{"pretrained_cfg": {}}'
+    command = [sys.executable, "-m", "normfree", "convert", hub.uri, str(tmp_path / "x.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "its config.json is not one of timm's" in done.stderr
