@@ -53,10 +53,10 @@ RESNET_VARIANTS: dict[str, ResNetVariant] = {
     "bn_resnet200": ResNetVariant((3, 24, 36, 3)),
 }
 NFNET_VARIANTS: dict[str, NFNetVariant] = {
-    "bn_nfnet_f0": NFNetVariant((1, 2, 6, 3), 0.2, 192, 256, "83.4 %"),
-    "bn_nfnet_f1": NFNetVariant((2, 4, 12, 6), 0.3, 224, 320, "84.4 %"),
-    "bn_nfnet_f2": NFNetVariant((3, 6, 18, 9), 0.4, 256, 352, "85.1 %"),
-    "bn_nfnet_f3": NFNetVariant((4, 8, 24, 12), 0.4, 320, 416, "85.5 %"),
+    "bn_nfnet_f0": NFNetVariant((1, 2, 6, 3), 0.2, 192, 256, "83.4 % (paper)"),
+    "bn_nfnet_f1": NFNetVariant((2, 4, 12, 6), 0.3, 224, 320, "84.4 % (paper)"),
+    "bn_nfnet_f2": NFNetVariant((3, 6, 18, 9), 0.4, 256, 352, "85.1 % (paper)"),
+    "bn_nfnet_f3": NFNetVariant((4, 8, 24, 12), 0.4, 320, 416, "85.5 % (paper)"),
 }
 
 
@@ -103,6 +103,9 @@ class BNResBlock(Block):
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
         out = self.conv1(self.act1(self.conv0(out)))
         return self.conv2(self.act2(out)) + shortcut
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.conv2(self.act2(self.conv1(self.act1(self.conv0(self.act0(x))))))
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
@@ -185,6 +188,11 @@ class BNNFNetBlock(Block):
         out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(out)))))
         out = self.conv2(self.act2(out))
         return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out)))
+
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(self.act0(x))))))
+        out = self.conv2(self.act2(out))
+        return out * self.se(out)
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)

@@ -28,7 +28,7 @@ from normfree.models.network import (
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. `published`: ImageNet top-1 at `eval_px` as the paper's Table 3 prints it."""
+    """One row of the table. `published`: ImageNet top-1 at `eval_px`, with who printed it."""
 
     depth: Four
     drop_rate: float
@@ -43,13 +43,13 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "nfnet_f0": Variant((1, 2, 6, 3), 0.2, 192, 256, published="83.6 %"),
-    "nfnet_f1": Variant((2, 4, 12, 6), 0.3, 224, 320, published="84.7 %"),
-    "nfnet_f2": Variant((3, 6, 18, 9), 0.4, 256, 352, published="85.1 %"),
-    "nfnet_f3": Variant((4, 8, 24, 12), 0.4, 320, 416, published="85.7 %"),
-    "nfnet_f4": Variant((5, 10, 30, 15), 0.5, 384, 512, published="85.9 %"),
-    "nfnet_f5": Variant((6, 12, 36, 18), 0.5, 416, 544, published="86.0 %"),
-    "nfnet_f6": Variant((7, 14, 42, 21), 0.5, 448, 576, published="86.5 % with SAM"),
+    "nfnet_f0": Variant((1, 2, 6, 3), 0.2, 192, 256, published="83.6 % (paper)"),
+    "nfnet_f1": Variant((2, 4, 12, 6), 0.3, 224, 320, published="84.7 % (paper)"),
+    "nfnet_f2": Variant((3, 6, 18, 9), 0.4, 256, 352, published="85.1 % (paper)"),
+    "nfnet_f3": Variant((4, 8, 24, 12), 0.4, 320, 416, published="85.7 % (paper)"),
+    "nfnet_f4": Variant((5, 10, 30, 15), 0.5, 384, 512, published="85.9 % (paper)"),
+    "nfnet_f5": Variant((6, 12, 36, 18), 0.5, 416, 544, published="86.0 % (paper)"),
+    "nfnet_f6": Variant((7, 14, 42, 21), 0.5, 448, 576, published="86.5 % with SAM (paper)"),
     "nfnet_f7": Variant((8, 16, 48, 24), 0.5, 480, 608),  # in the released code, not in the paper
 }
 VARIANTS |= {
@@ -94,10 +94,10 @@ class LightVariant(Variant):
 
 
 LIGHT_VARIANTS: dict[str, LightVariant] = {
-    "nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, eca=False, published="82.8 %"),
-    "eca_nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, published="82.6 %"),
-    "eca_nfnet_l1": LightVariant((2, 4, 12, 6), 0.0, 256, 320, published="84.0 %"),
-    "eca_nfnet_l2": LightVariant((3, 6, 18, 9), 0.0, 320, 384, published="84.7 %"),
+    "nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, eca=False, published="82.8 % (timm)"),
+    "eca_nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, published="82.6 % (timm)"),
+    "eca_nfnet_l1": LightVariant((2, 4, 12, 6), 0.0, 256, 320, published="84.0 % (timm)"),
+    "eca_nfnet_l2": LightVariant((3, 6, 18, 9), 0.0, 320, 384, published="84.7 % (timm)"),
 }
 
 
@@ -152,6 +152,13 @@ class NFBlock(Block):
         out = self.conv2(out)
         scale = 2 * self.alpha if self.skip_gain is None else self.skip_gain * (2 * self.alpha)
         return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out) * scale))
+
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.act(self.conv1(self.act(self.conv0(self.act(x)))))
+        if self.conv1b is not None:
+            out = self.act(self.conv1b(out))
+        out = self.conv2(out)
+        return out * (2 * self.se(out))
 
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
