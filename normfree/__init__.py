@@ -4,13 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfree.analysis.signal import signal_propagation
     from normfree.models import create_model, list_models, load, save
+    from normfree.models.convert import convert_to_nf
 
-__all__ = ["create_model", "list_models", "load", "save"]
+__all__ = ["convert_to_nf", "create_model", "list_models", "load", "save", "signal_propagation"]
+
+_HOMES = {
+    "convert_to_nf": "normfree.models.convert",
+    "create_model": "normfree.models",
+    "list_models": "normfree.models",
+    "load": "normfree.models",
+    "save": "normfree.models",
+    "signal_propagation": "normfree.analysis.signal",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The public names are imported when they are first used: torch takes seconds, `normfree --help` must not."""
-    if name in __all__:
-        return getattr(import_module("normfree.models"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'normfree' has no attribute {name!r}")

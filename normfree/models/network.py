@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree.config import InputError
-from normfree.layers import WSConv2d, init_normal_
+from normfree.layers import WSConv2d, init_normal_, same_padding
 from normfree.weights import ModelInfo
 
 
@@ -59,6 +60,11 @@ class Block(nn.Module):
     """A residual block: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
 
     stride: int
+    conv_shortcut: nn.Module | None  # None: the shortcut is the identity
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The end of the residual branch: after squeeze-excite, before stochastic depth, SkipInit gain and α."""
+        raise NotImplementedError
 
     def count_macs(self, side: int) -> int:
         """Multiply-adds for an input of side x side pixels."""
@@ -83,12 +89,38 @@ class MaxPool(nn.Module):
         if not torch.compiler.is_compiling():
             return F.max_pool2d(x, 3, 2, (x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
         # the same for sides that are not yet known
-        return F.max_pool2d(F.pad(x, (x.shape[-1] % 2, 1, x.shape[-2] % 2, 1), value=-math.inf), 3, 2)
+        (top, bottom), (left, right) = (same_padding(side, 3, 2) for side in x.shape[-2:])
+        return F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), 3, 2)
 
 
 def same_avg_pool(x: Tensor) -> Tensor:
     """2x2 mean with stride 2 and 'SAME' padding, which is left out of the mean."""
-    return F.avg_pool2d(x, 2, 2, ceil_mode=True)
+    if not torch.compiler.is_exporting():
+        return F.avg_pool2d(x, 2, 2, ceil_mode=True)
+    # the same for sides that are not yet known: what is repeated past an even side is in no window
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 2)
+
+
+class BuffersKept:
+    """Context that hands the buffers of `module`, such as running averages, back as it found them."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.module.buffers()]
+
+    def __exit__(self, *error: object) -> None:
+        for buffer, kept in zip(self.module.buffers(), self.kept, strict=True):
+            buffer.copy_(kept)
+
+
+def rematerialize(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`, computed once more in the backward pass, where no running average counts the batch again."""
+    if torch.compiler.is_compiling():  # the compiler repeats no update, and takes no context
+        return checkpoint(block, x, use_reentrant=False)
+    contexts = nullcontext(), BuffersKept(block)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class Network(nn.Module):
@@ -160,8 +192,7 @@ class Network(nn.Module):
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         for block in stage.children():
-            rematerialize = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if rematerialize else block(x)
+            x = rematerialize(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:

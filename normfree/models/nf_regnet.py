@@ -96,6 +96,10 @@ class NFRegBlock(Block):
         out = self.conv2(out, output_scale=self.alpha if self.skip_gain is None else self.skip_gain * self.alpha)
         return shortcut + self.stochastic_depth(out)
 
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.act(self.conv0(self.act(x))))
+        return self.conv2(self.act(out * (2 * self.se(out))))
+
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
         convs = (self.conv1, self.conv2, self.conv_shortcut)

@@ -99,6 +99,10 @@ class NFResBlock(Block):
         out = self.conv2(out, output_scale=scale)
         return shortcut + self.stochastic_depth(out)
 
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.act(self.conv1(self.act(self.conv0(self.act(x))))))
+        return out if self.se is None else out * (2 * self.se(out))
+
     def count_macs(self, side: int) -> int:
         out_side = -(-side // self.stride)
         se = 0 if self.se is None else self.se.count_macs()
