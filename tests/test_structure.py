@@ -69,7 +69,17 @@ def test_public_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "module", ["normfree.models", "normfree.optim.agc", "normfree.optim.ema", "normfree.optim.schedule"]
+    "module",
+    [
+        "normfree.models",
+        "normfree.analysis.signal",
+        "normfree.optim.agc",
+        "normfree.optim.ema",
+        "normfree.optim.schedule",
+        "normfree.weights.deepmind",
+        "normfree.weights.hub",
+        "normfree.weights.timm",
+    ],
 )
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(module), extraglobs={"torch": importlib.import_module("torch")})
