@@ -2,22 +2,29 @@
 
     for every unit i:   G_i <- G_i * min(1, λ * max(‖W_i‖, ε) / ‖G_i‖)
 
-A unit is one output channel of a convolution or linear layer (dimension 0), and the whole of a bias, gain or scalar.
+A unit is one output channel of a convolution or linear layer (dimension 0), one row of an embedding, and the whole of
+a bias, gain or scalar. Norms of half-precision tensors are taken in float32. Sharded parameters (FSDP2, DTensor) give
+what they would give on one device: rows are whole on one rank, and what is not takes one all-reduce for all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from normfree.config import InputError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 MIN_GRADIENT_NORM = 1e-6  # in the divisor only, as in the released code
+Units = Literal["channel", "tensor"]
 
 
 def is_vector(parameter: Tensor) -> bool:
@@ -35,15 +42,15 @@ def num_units(parameter: Tensor) -> int:
 def unitwise_norm(tensor: Tensor) -> Tensor:
     """Euclidean norm of each unit, broadcastable against `tensor`: (out, 1, ..., 1), or shape () for vectors."""
     if is_vector(tensor):
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+        return torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype))
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=_wide(tensor.dtype))
 
 
 def adaptive_clip_reference_(parameter: Tensor, grad: Tensor, clipping: float, eps: float = 1e-3) -> Tensor:
     """The rule above, one tensor at a time and as it is written; returns the mask of clipped units."""
     limit = clipping * unitwise_norm(parameter).clamp(min=eps)
     norm = unitwise_norm(grad)
-    clipped = norm > limit
+    clipped = (norm > limit) & norm.isfinite()
     grad.copy_(torch.where(clipped, grad * (limit / norm.clamp(min=MIN_GRADIENT_NORM)), grad))
     return clipped
 
@@ -53,97 +60,296 @@ class AGCStats:
     """What one clipping did. Everything stays on the device until it is asked for as a number.
 
     Attributes:
-        num_units: units that were looked at.
-        clipped: tensor (), how many of them were clipped.
-        max_ratio: tensor (), the largest ‖G_i‖ / max(‖W_i‖, ε) before clipping; not finite if a gradient was not.
+        params: the P parameters that had a gradient.
+        units: number of units of each of them.
+        clipped: tensor (P,), how many of them were clipped.
+        ratios: tensor (P,), the largest ‖G_i‖ / max(‖W_i‖, ε) before clipping; not finite if a gradient was not.
     """
 
-    num_units: int
-    clipped: Tensor
-    max_ratio: Tensor
+    params: tuple[Tensor, ...] = ()
+    units: tuple[int, ...] = ()
+    clipped: Tensor = field(default_factory=lambda: torch.zeros(0))
+    ratios: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def num_units(self) -> int:
+        return sum(self.units)
 
     @property
     def clipped_fraction(self) -> float:
-        """Share of units that were clipped, in [0, 1]; waits for the device."""
-        return self.clipped.item() / self.num_units if self.num_units else 0.0
+        """Share of all units that were clipped, in [0, 1]; waits for the device."""
+        return self.clipped.sum().item() / self.num_units if self.params else 0.0
+
+    @property
+    def max_ratio(self) -> Tensor:
+        """Tensor (), the largest of `ratios`, 0 without parameters."""
+        return self.ratios.max() if self.params else torch.zeros(())
+
+    def __add__(self, other: AGCStats) -> AGCStats:
+        if not self.params or not other.params:
+            return self if self.params else other
+        where = self.clipped.device
+        return AGCStats(
+            self.params + other.params,
+            self.units + other.units,
+            torch.cat([self.clipped, other.clipped.to(where)]),
+            torch.cat([self.ratios, other.ratios.to(where)]),
+        )
 
 
-def _batched_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Norms of all units of all tensors in one vector: (sum of num_units,), in the order of `tensors`."""
-    whole = [is_vector(t) for t in tensors]
-    vectors = iter(torch._foreach_norm([t for t, w in zip(tensors, whole, strict=True) if w]) if any(whole) else ())
-    parts = [
-        next(vectors).view(1) if w else torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)))
-        for t, w in zip(tensors, whole, strict=True)
+# --- how one tensor is cut into units ---
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """The type in which norms are summed: half precision would overflow at 65504, or lose digits."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+class _Whole:
+    """One unit: vectors, scalars, and every tensor where units are tensors."""
+
+    size = 1
+
+    def norms(self, tensor: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype)).view(1)
+
+    def spread(self, factors: Tensor, ndim: int) -> Tensor:
+        return factors.view(())
+
+
+class _Rows:
+    """A unit for each index of dimension 0: weights of convolutions, of linear layers, of embeddings."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def norms(self, tensor: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_wide(tensor.dtype))
+
+    def spread(self, factors: Tensor, ndim: int) -> Tensor:
+        return factors.view(-1, *[1] * (ndim - 1))
+
+
+class _Transposed:
+    """Transposed convolutions, weight (in, out / groups, ...): input row r of this rank belongs to group `group[r]`."""
+
+    def __init__(self, group: Tensor, groups: int, columns: int):
+        self.group, self.groups, self.columns, self.size = group, groups, columns, groups * columns
+
+    def norms(self, tensor: Tensor) -> Tensor:
+        rows = torch.linalg.vector_norm(tensor.flatten(2), dim=2, dtype=_wide(tensor.dtype))
+        return rows.new_zeros(self.groups, self.columns).index_add_(0, self.group, rows.square()).sqrt().view(-1)
+
+    def spread(self, factors: Tensor, ndim: int) -> Tensor:
+        rows = factors.view(self.groups, self.columns)[self.group]
+        return rows.view(*rows.shape, *[1] * (ndim - 2))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What this rank has of one parameter and of its gradient."""
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    cut: _Whole | _Rows | _Transposed
+    num_units: int  # of the whole parameter
+    split: tuple[Any, ...]  # process groups over whose ranks a unit is split
+    parted: tuple[Any, ...]  # process groups over whose ranks whole units are
+
+
+def _piece(p: Tensor, units: Units, transposed: int) -> _Piece:
+    """`transposed`: 0, or the groups of the transposed convolution that `p` is the weight of."""
+    grad = p.grad
+    assert grad is not None
+    if p.is_complex():
+        raise InputError("a complex parameter has no place in adaptive gradient clipping: clip its real view")
+    if getattr(p, "_fsdp_flattened", False):
+        raise InputError(
+            "these are FSDP1's flat parameters, in which units cannot be told apart: shard with FSDP2, "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    whole = units == "tensor" or is_vector(p)
+    total = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
+    if _is_sharded(p):
+        return _shard(p, whole, transposed, total)
+    if grad.is_sparse:
+        p.grad = grad = grad.coalesce()
+        weight = p if whole else p.index_select(0, grad.indices()[0])
+        return _Piece(p, weight, grad.values(), _Whole() if whole else _Rows(len(weight)), total, (), ())
+    cut = _cut(p, whole, transposed, range(p.shape[0] if p.ndim else 0))
+    return _Piece(p, p, grad, cut, total, (), ())
+
+
+def _cut(p: Tensor, whole: bool, transposed: int, rows: range) -> _Whole | _Rows | _Transposed:
+    """The units in `rows` of dimension 0 of a parameter."""
+    if whole:
+        return _Whole()
+    if not transposed:
+        return _Rows(len(rows))
+    row = torch.arange(rows.start, rows.stop, device=p.device)
+    return _Transposed(row // (p.shape[0] // transposed), transposed, p.shape[1])
+
+
+def _is_sharded(p: Tensor) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
+
+
+def _shard(p: Any, whole: bool, transposed: int, total: int) -> _Piece:
+    from torch.distributed.tensor import Partial, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    grad: DTensor = p.grad
+    if grad.placements != p.placements or any(isinstance(place, Partial) for place in p.placements):
+        raise InputError(
+            f"a gradient placed as {grad.placements} does not go with a parameter placed as {p.placements}"
+        )
+    split, parted = [], []
+    for dim, place in enumerate(p.placements):
+        if isinstance(place, Shard):
+            has_whole_units = not whole and place.dim == (1 if transposed else 0)
+            (parted if has_whole_units else split).append(p.device_mesh.get_group(dim))
+    weight = p.to_local()
+    start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0] if p.ndim else 0
+    if transposed and not whole and parted:
+        raise InputError("a transposed convolution can be sharded over its input channels (dimension 0) only")
+    cut = _cut(p, whole, transposed, range(start, start + (len(weight) if p.ndim else 0)))
+    return _Piece(p, weight, grad.to_local(), cut, total, tuple(split), tuple(parted))
+
+
+# --- the rule, for many tensors at once ---
+
+
+def _norms(tensors: Sequence[Tensor], pieces: Sequence[_Piece]) -> list[Tensor]:
+    """Norms of the units of each tensor (its part on this rank), as vectors; whole tensors in one batched call."""
+    whole = [isinstance(piece.cut, _Whole) for piece in pieces]
+    batches: dict[torch.dtype, list[Tensor]] = {}
+    for tensor, is_whole in zip(tensors, whole, strict=True):
+        if is_whole:
+            batches.setdefault(tensor.dtype, []).append(tensor)
+    batched = {dtype: iter(torch._foreach_norm(batch, dtype=_wide(dtype))) for dtype, batch in batches.items()}
+    return [
+        next(batched[tensor.dtype]).view(1) if is_whole else piece.cut.norms(tensor)
+        for tensor, piece, is_whole in zip(tensors, pieces, whole, strict=True)
     ]
-    return torch.cat(parts)
 
 
-def clip_tensors_(params: Sequence[Tensor], grads: Sequence[Tensor], clipping: float, eps: float = 1e-3) -> AGCStats:
-    """Clips `grads` in place against `params`: one vector of norms, one vector of factors, one batched product."""
-    if not params:
-        return AGCStats(0, torch.zeros(()), torch.zeros(()))
-    weight_norms = _batched_norms(params).clamp_(min=eps)
-    grad_norms = _batched_norms(grads)
+def _join_split(norms: list[Tensor], pieces: Sequence[_Piece]) -> None:
+    """Norms of units that are split over ranks, from those of their parts: one all-reduce for each kind of split."""
+    kinds: dict[tuple, list[int]] = {}
+    for i in range(len(norms)):
+        if split := pieces[i % len(pieces)].split:
+            kinds.setdefault(split, []).append(i)
+    for split, members in kinds.items():
+        joined = torch.cat([norms[i] for i in members]).square_()
+        for group in split:
+            dist.all_reduce(joined, group=group)
+        for i, part in zip(members, joined.sqrt_().split([len(norms[i]) for i in members]), strict=True):
+            norms[i] = part
+
+
+def _join_parted(stats: Tensor, pieces: Sequence[_Piece]) -> None:
+    """Counts (row 0) and largest ratios (row 1) of parameters whose units lie on several ranks, in place."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        if piece.parted:
+            kinds.setdefault(piece.parted, []).append(i)
+    for parted, members in kinds.items():
+        for group in parted:
+            mine = stats[:, members].contiguous()
+            everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
+            dist.all_gather_into_tensor(everyone, mine, group=group)
+            stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
+
+
+def _clip(pieces: Sequence[_Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> AGCStats:
+    """Clips the gradients of parameters on one device."""
+    num = len(pieces)
+    norms = _norms([piece.weight for piece in pieces], pieces) + _norms([piece.grad for piece in pieces], pieces)
+    _join_split(norms, pieces)
+    weight_norms, grad_norms = torch.cat(norms[:num]).clamp_(min=eps), torch.cat(norms[num:])
+    if grad_scale is not None:
+        weight_norms = weight_norms * grad_scale.to(weight_norms.device)
     limits = weight_norms * clipping
-    clipped = grad_norms > limits
+    clipped = (grad_norms > limits) & grad_norms.isfinite()  # what is not finite stays so, to be seen
     factors = torch.where(clipped, limits / grad_norms.clamp(min=MIN_GRADIENT_NORM), 1.0)
-    views = [
-        factor.view([-1] + [1] * (p.ndim - 1)) if not is_vector(p) else factor.view(())
-        for factor, p in zip(factors.split([num_units(p) for p in params]), params, strict=True)
-    ]
-    torch._foreach_mul_(list(grads), views)
-    return AGCStats(factors.numel(), clipped.sum(), (grad_norms / weight_norms).max())
+    sizes = [piece.cut.size for piece in pieces]
+    spread = [piece.cut.spread(part, piece.grad.ndim) for piece, part in zip(pieces, factors.split(sizes), strict=True)]
+    torch._foreach_mul_([piece.grad for piece in pieces], spread)
+
+    tensor_of_unit = torch.repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(factors.device)
+    stats = factors.new_zeros(2, num)
+    stats[0].index_add_(0, tensor_of_unit, clipped.to(stats.dtype))
+    stats[1].scatter_reduce_(0, tensor_of_unit, grad_norms / weight_norms, "amax")
+    _join_parted(stats, pieces)
+    return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *stats)
 
 
-def merge_stats(stats: Iterable[AGCStats]) -> AGCStats:
-    """Sums counts and takes the largest ratio."""
-    stats = [s for s in stats if s.num_units]
-    if not stats:
-        return AGCStats(0, torch.zeros(()), torch.zeros(()))
-    return AGCStats(
-        sum(s.num_units for s in stats),
-        torch.stack([s.clipped for s in stats]).sum(),
-        torch.stack([s.max_ratio for s in stats]).max(),
-    )
+def clip_params_(
+    params: Iterable[Tensor],
+    clipping: float,
+    eps: float = 1e-3,
+    units: Units = "channel",
+    transposed: int = 0,
+    grad_scale: Tensor | None = None,
+) -> AGCStats:
+    """`adaptive_clip_grad_` for one group: batched norms, one vector of factors, one batched product a device."""
+    devices: dict[torch.device, list[_Piece]] = {}
+    for p in params:
+        if p.grad is not None:
+            devices.setdefault(p.device, []).append(_piece(p, units, transposed))
+    return sum((_clip(pieces, clipping, eps, grad_scale) for pieces in devices.values()), AGCStats())
 
 
-def check_clipping(clipping: float | None, eps: float) -> None:
+def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
     if clipping is not None and not (clipping > 0 and math.isfinite(clipping)):
         raise InputError(f"clipping {clipping}: a positive number, or None to leave a group unclipped")
     if not eps > 0:
         raise InputError(f"eps {eps}: a positive number; the paper's is 1e-3")
+    if units not in get_args(Units):
+        raise InputError(f"units {units!r}: {' or '.join(get_args(Units))}")
 
 
-def as_groups(params_or_groups: Any, clipping: float | None, eps: float) -> list[dict]:
-    """A tensor, tensors, or optimizer groups -> groups that all have `params`, `clipping` and `eps`."""
-    if isinstance(params_or_groups, Tensor):
-        params_or_groups = [params_or_groups]
-    items = list(params_or_groups)
-    if not items or not isinstance(items[0], dict):
-        items = [{"params": items}]
-    groups: list[dict[str, Any]] = [{"clipping": clipping, "eps": eps} | group for group in items]
-    for group in groups:
-        check_clipping(group["clipping"], group["eps"])
-    return groups
+def as_groups(params_or_groups: Any) -> list[Mapping[str, Any]]:
+    """A tensor, tensors, or optimizer groups -> groups."""
+    if isinstance(params_or_groups, torch.nn.Module):
+        raise InputError("pass model.parameters(), or param_groups(model), not the model")
+    items = [params_or_groups] if isinstance(params_or_groups, Tensor) else list(params_or_groups)
+    if items and isinstance(items[0], Mapping):
+        return cast("list[Mapping[str, Any]]", items)
+    return [{"params": items}]
 
 
 @torch.no_grad()
 def adaptive_clip_grad_(
-    params_or_groups: Tensor | Iterable[Tensor] | Iterable[dict], clipping: float = 0.01, eps: float = 1e-3
+    params_or_groups: Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]],
+    clipping: float = 0.01,
+    eps: float = 1e-3,
+    *,
+    units: Units = "channel",
+    grad_scale: Tensor | None = None,
 ) -> AGCStats:
     """Clips the gradients of parameters in place, unit by unit, as `torch.nn.utils.clip_grad_norm_` does globally.
 
-    Call it once per optimizer step, on gradients that are summed over micro-batches, synchronised and unscaled.
+    Call it once per optimizer step, on gradients that are summed over micro-batches and synchronised. Sharded
+    parameters need it on all ranks at once.
 
     Args:
-        params_or_groups: parameters, or optimizer groups; a group's own `clipping` (None: left alone) and `eps` win.
-            Parameters without a gradient are passed over. Leave the classifier weight out (paper 4.1): `param_groups`.
+        params_or_groups: parameters, or optimizer groups. A group's own `clipping` (None: left alone), `clip_eps`,
+            `units` and `transposed` win; `param_groups(model)` writes them by the roles of the layers, which
+            tensors alone do not tell: leaves the classifier weight out (paper 4.1) and finds transposed convolutions.
+            Parameters without a gradient are passed over.
         clipping: λ > 0, the largest ratio of gradient norm to weight norm; 0.01 suits batches of 1024 to 4096.
         eps: ε > 0, the smallest weight norm that is believed, so that zero-initialised parameters can move.
+        units: "channel" as in the paper, or "tensor": one norm for each whole parameter.
+        grad_scale: tensor (), what gradients have been multiplied by (loss scaling) and stay multiplied by.
 
     Raises:
-        InputError: λ or ε out of range.
+        InputError: λ, ε or units out of range; complex parameters; flat parameters of FSDP1.
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -151,12 +357,13 @@ def adaptive_clip_grad_(
         >>> adaptive_clip_grad_(layer.parameters(), clipping=0.01).clipped_fraction
         1.0
     """
-    stats = []
-    for group in as_groups(params_or_groups, clipping, eps):
-        if group["clipping"] is not None:
-            params = [p for p in group["params"] if p.grad is not None]
-            stats.append(clip_tensors_(params, [p.grad for p in params], group["clipping"], group["eps"]))
-    return merge_stats(stats)
+    stats = AGCStats()
+    for group in as_groups(params_or_groups):
+        own = group.get("clipping", clipping), group.get("clip_eps", eps), group.get("units", units)
+        check_clipping(*own)
+        if own[0] is not None:
+            stats += clip_params_(group["params"], *own, group.get("transposed", 0), grad_scale)
+    return stats
 
 
 class AGC:
@@ -171,18 +378,46 @@ class AGC:
         1.0
         >>> agc.detach()                             # the optimizer as it was
 
-    A group of the optimizer may carry its own `clipping`, None to be left alone (`param_groups` writes them).
+    A group of the optimizer may carry its own `clipping`, None to be left alone (`param_groups` writes them); others
+    get the arguments as `clipping`, `clip_eps` and `units`, which the optimizer's `state_dict` keeps. With a closure,
+    the gradients that it computes are clipped. A GradScaler may be used with every optimizer: those that unscale
+    gradients themselves have them clipped against the scaled limit.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clipping: float = 0.01, eps: float = 1e-3):
-        check_clipping(clipping, eps)
-        self.clipping, self.eps = clipping, eps
-        self.stats = merge_stats([])
-        self._handle = optimizer.register_step_pre_hook(self._clip)
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clipping: float = 0.01, eps: float = 1e-3, units: Units = "channel"
+    ):
+        check_clipping(clipping, eps, units)
+        self.optimizer, self.stats = optimizer, AGCStats()
+        self.settings = {"clipping": clipping, "clip_eps": eps, "units": units}
+        self._added = [(group, key) for group in optimizer.param_groups for key in self.settings if key not in group]
+        for group, key in self._added:
+            group[key] = self.settings[key]
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
 
-    def _clip(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        groups = [{k: g[k] for k in ("params", "clipping") if k in g} for g in optimizer.param_groups]
-        self.stats = adaptive_clip_grad_(groups, self.clipping, self.eps)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        arguments = args[1:] if args and args[0] is optimizer else args
+        closure = kwargs.get("closure", arguments[0] if arguments else None)
+        if closure is None:
+            self._clip()
+            return None
+
+        def clipped_closure() -> Any:
+            loss = closure()
+            self._clip()
+            return loss
+
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": clipped_closure}
+        return (*args[: len(args) - len(arguments)], clipped_closure, *arguments[1:]), kwargs
+
+    def _clip(self) -> None:
+        groups = [self.settings | group for group in self.optimizer.param_groups]
+        scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
+        self.stats = adaptive_clip_grad_(groups, grad_scale=scale)
 
     def detach(self) -> None:
+        """Takes the clipping and its settings out of the optimizer."""
         self._handle.remove()
+        for group, key in self._added:
+            group.pop(key, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.optim.agc import AGCStats, check_clipping, clip_tensors_, merge_stats
+from normfree.optim.agc import AGCStats, check_clipping, clip_params_
 
 
 def sgd_step_(
@@ -69,7 +69,7 @@ class SGD_AGC(torch.optim.Optimizer):
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, clipping=clipping, eps=eps
         )
         super().__init__(params, defaults)
-        self.stats = merge_stats([])
+        self.stats = AGCStats()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -86,7 +86,7 @@ class SGD_AGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stats: list[AGCStats] = []
+        self.stats = AGCStats()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -96,7 +96,8 @@ class SGD_AGC(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if group["clipping"] is not None:
-                stats.append(clip_tensors_(params, grads, group["clipping"], group["eps"]))
+                units, transposed = group.get("units", "channel"), group.get("transposed", 0)
+                self.stats += clip_params_(params, group["clipping"], group["eps"], units, transposed)
             sgd_step_(
                 params,
                 grads,
@@ -106,5 +107,4 @@ class SGD_AGC(torch.optim.Optimizer):
                 nesterov=group["nesterov"],
                 weight_decay=group["weight_decay"],
             )
-        self.stats = merge_stats(stats)
         return loss
