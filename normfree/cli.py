@@ -173,9 +173,9 @@ def convert(
         format: None: by the ending of OUT: .npz deepmind; .pth, .pt, .bin timm; else normfree.
         model: Our name of the network, where IN does not tell.
     """
-    from normfree.models import convert
+    from normfree.models import convert_weights
 
-    done = convert(source, out, format, model)
+    done = convert_weights(source, out, format, model)
     print(f"{source}: {done.info.architecture}, {done.info.num_classes} classes")
     for line in (*([done.report] if done.report else []), *done.notes):
         print(line)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from normfree.config import InputError, nearest
 # name -> (function, γ). γ keeps the output variance at 1 for a standard normal input; the values are the constants of
 # the released code (nfnets/base.py), sampled estimates up to 1e-3 above the exact ones (docs/parity.md).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "identity": (lambda x: x, 1.0),
+    "identity": (torch.positive, 1.0),
     "celu": (F.celu, 1.270926833152771),
     "elu": (F.elu, 1.2716004848480225),
     "gelu": (partial(F.gelu, approximate="tanh"), 1.7015043497085571),
@@ -67,7 +68,7 @@ def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after one side of `size` pixels, as TensorFlow's 'SAME' places them: the odd one goes after."""
-    total = (-(-size // stride) - 1) * stride + kernel - size
+    total = (size - 1) // stride * stride + kernel - size
     if kernel < stride:  # asked of numbers alone, so that an exported network may leave the size open
         total = max(total, 0)
     return total // 2, total - total // 2
@@ -232,3 +233,152 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}"
+
+
+class _WSConvNd(WSConv):
+    """The constructor of the layers below: PyTorch's, and two keywords."""
+
+    def __init__(self, *args, input_scale: float = 1.0, eps: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._add_gain(input_scale, eps)
+        self.gain = nn.Parameter(self.weight.detach().new_ones(self.out_channels))  # on the weight's device
+
+    def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias to use."""
+        weight, bias = self.standardized_weight(), self.bias
+        if output_scale is None:
+            return weight, bias
+        return weight * output_scale, bias if bias is None else bias * output_scale
+
+
+class _WSForward(_WSConvNd):
+    """What `WSConv1d` and `WSConv3d` share."""
+
+    def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
+        """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
+        return self._conv_forward(input, *self._scaled(output_scale))
+
+
+class WSConv1d(_WSForward, nn.Conv1d):
+    """1-D convolution with scaled weight standardization (`WSConv`).
+
+    `nn.Conv1d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (out, in / groups, k).
+    """
+
+
+class WSConv3d(_WSForward, nn.Conv3d):
+    """3-D convolution with scaled weight standardization (`WSConv`).
+
+    `nn.Conv3d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (out, in / groups, kt, kh, kw).
+    """
+
+
+class _WSConvTransposeNd(_WSConvNd, nn.modules.conv._ConvTransposeNd):
+    """What the transposed convolutions share: their `weight` is (in, out / groups, ...).
+
+    Mean and variance run over the filter of an output channel, (in / groups, ...), of which, with strides, one output
+    sees a part: on average 1 / prod(stride). The fan-in is that much smaller, so that an input of unit variance gives
+    an output whose variance is 1 on average over places (it differs from place to place unless kernel sides are
+    multiples of the strides).
+    """
+
+    _transpose: Callable[..., Tensor]
+
+    @property
+    def fan_in(self) -> float:
+        return self.in_channels // self.groups * math.prod(self.kernel_size) / math.prod(self.stride)
+
+    def standardized_weight(self) -> Tensor:
+        grouped = self.weight.unflatten(0, (self.groups, -1))  # (groups, in / groups, out / groups, ...)
+        weight = self._standardize(grouped.transpose(1, 2).flatten(0, 1))  # (out, in / groups, ...)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def forward(
+        self, input: Tensor, output_size: list[int] | None = None, output_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """`output_size` as in PyTorch's layers; `output_scale`, a scalar, multiplies by way of weight and bias."""
+        sizes = (self.stride, self.padding, self.kernel_size, self.dilation)
+        stride, padding, kernel, dilation = (list(cast(tuple[int, ...], size)) for size in sizes)
+        end = self._output_padding(input, output_size, stride, padding, kernel, len(kernel), dilation)
+        return self._transpose(input, *self._scaled(output_scale), stride, padding, end, self.groups, dilation)
+
+
+class WSConvTranspose1d(_WSConvTransposeNd, nn.ConvTranspose1d):
+    """Transposed 1-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
+
+    `nn.ConvTranspose1d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, k).
+    """
+
+    _transpose = staticmethod(F.conv_transpose1d)
+
+
+class WSConvTranspose2d(_WSConvTransposeNd, nn.ConvTranspose2d):
+    """Transposed 2-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
+
+    `nn.ConvTranspose2d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, kh, kw).
+    """
+
+    _transpose = staticmethod(F.conv_transpose2d)
+
+
+class WSConvTranspose3d(_WSConvTransposeNd, nn.ConvTranspose3d):
+    """Transposed 3-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
+
+    `nn.ConvTranspose3d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, kt, kh, kw).
+    """
+
+    _transpose = staticmethod(F.conv_transpose3d)
+
+
+class BranchEnd(WSConv):
+    """A convolution that ends a residual branch: weight and bias are multiplied by α * gain, two scalars."""
+
+    skip_gain: nn.Parameter
+    alpha: Tensor
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.skip_gain = nn.Parameter(self.weight.detach().new_ones(()))
+        self.register_buffer("alpha", self.weight.detach().new_ones(()))
+
+    def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
+        scale = self.skip_gain * self.alpha
+        return super().forward(input, output_scale=scale if output_scale is None else scale * output_scale)
+
+
+class BranchEndConv1d(BranchEnd, WSConv1d):
+    """`WSConv1d` at the end of a residual branch."""
+
+
+class BranchEndConv2d(BranchEnd, WSConv2d):
+    """`WSConv2d` at the end of a residual branch."""
+
+
+class BranchEndConv3d(BranchEnd, WSConv3d):
+    """`WSConv3d` at the end of a residual branch."""
+
+
+class SkipInit(nn.Module):
+    """x -> α * gain * x: the end of a residual branch where that is no convolution."""
+
+    alpha: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip_gain = nn.Parameter(torch.ones(()))
+        self.register_buffer("alpha", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.skip_gain * self.alpha)
+
+
+class ChannelAffine(nn.Module):
+    """x -> weight * x + bias, one number a channel: batch normalization by constants. (N, C, ...) -> the same."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.ndim - 2))
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))

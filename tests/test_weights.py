@@ -12,7 +12,7 @@ from torch import nn
 import normfree
 from normfree.cli import main
 from normfree.config import InputError
-from normfree.models import convert, create_model
+from normfree.models import convert_weights, create_model
 from normfree.models.table import defaults
 from normfree.weights import timm as names
 from normfree.weights.deepmind import read_haiku
@@ -275,7 +275,7 @@ def test_convert_ours_to_timm_keeps_the_function(tmp_path):
                     p.fill_(0.5)
         source, out = tmp_path / "ours.safetensors", tmp_path / "theirs.pth"
         normfree.save(model, source)
-        done = convert(str(source), str(out))
+        done = convert_weights(str(source), str(out))
         assert any(note in line for line in done.notes)
         theirs = timm.create_model("dm_nfnet_f0", num_classes=5, act_layer=activation).eval()
         theirs.load_state_dict(torch.load(out))
@@ -307,11 +307,11 @@ def test_convert_to_the_authors_format_and_back(tmp_path):
     images = torch.randn(1, 3, 64, 64)
     ours, theirs, again = (tmp_path / name for name in ("ours.safetensors", "R26_haiku.npz", "again.safetensors"))
     normfree.save(model, ours)
-    convert(str(ours), str(theirs))
+    convert_weights(str(ours), str(theirs))
     assert "NF_ResNet/~/initial_conv" in read_haiku(theirs)
     with torch.no_grad():
         assert torch.equal(logits(theirs, images), model(images))  # recognised without being named
-    done = convert(str(theirs), str(again), name="nf_resnet26")
+    done = convert_weights(str(theirs), str(again), name="nf_resnet26")
     assert done.info.eval_crop == "crop_resize"
     assert torch.equal(logits(again, images), model(images))
 
@@ -321,7 +321,7 @@ def test_conversions_that_would_change_the_function_are_refused(tmp_path):
         path = tmp_path / "x.safetensors"
         normfree.save(create_model(name, num_classes=3, **overrides), path)
         with pytest.raises(InputError, match=match):
-            convert(str(path), str(tmp_path / target))
+            convert_weights(str(path), str(tmp_path / target))
         assert not (tmp_path / target).exists()
 
     refused("nf_resnet26", "x.pth", "timm has no network with what this nf_resnet26 computes: .*pool_shortcut")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from normfree.config import InputError
-from normfree.models.files import convert, load, load_state, read_any, save
+from normfree.models.files import convert_weights, load, load_state, read_any, save
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.nfnet import NFNet
 from normfree.models.table import TABLE, build, find_variant, list_models
@@ -17,7 +17,7 @@ __all__ = [
     "FeatureInfo",
     "NFNet",
     "Network",
-    "convert",
+    "convert_weights",
     "create_model",
     "find_variant",
     "list_models",

@@ -163,7 +163,7 @@ def save(model: Network, path: str | os.PathLike, info: ModelInfo | None = None)
     write_weights(path, model.state_dict(), info)
 
 
-def convert(source: str, out: str, format: Format | None = None, name: str | None = None) -> Weights:
+def convert_weights(source: str, out: str, format: Format | None = None, name: str | None = None) -> Weights:
     """Reads any weight file and writes one of ours, of timm's or of the authors', or pushes ours to the Hub.
 
     The function is kept: timm's epsilon of weight standardization, where it is not the target's, goes into the gains.

@@ -261,8 +261,9 @@ def _join_parted(stats: Tensor, pieces: Sequence[_Piece]) -> None:
     for parted, members in kinds.items():
         for group in parted:
             mine = stats[:, members].contiguous()
-            everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
+            everyone = mine.new_empty(2 * dist.get_world_size(group), len(members))
             dist.all_gather_into_tensor(everyone, mine, group=group)
+            everyone = everyone.view(-1, *mine.shape)
             stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
 
 

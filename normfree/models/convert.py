@@ -1,0 +1,332 @@
+"""From batch-normalized residual networks to normalizer-free ones, with the weights kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfree.config import InputError
+from normfree.layers import (
+    BranchEnd,
+    BranchEndConv1d,
+    BranchEndConv2d,
+    BranchEndConv3d,
+    ChannelAffine,
+    SkipInit,
+    WSConv,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+)
+from normfree.models.bn_resnet import SameConv2d
+from normfree.models.graph import BATCH_NORMS, Branch, ConvSite, Graph
+from normfree.models.network import Network
+from normfree.models.trace import BlockSignal, trace_signal
+
+# plain convolution -> the standardized one, and that for the end of a branch
+KINDS: dict[type[nn.Module], tuple[type[WSConv], type[WSConv]]] = {
+    nn.Conv1d: (WSConv1d, BranchEndConv1d),
+    nn.Conv2d: (WSConv2d, BranchEndConv2d),
+    nn.Conv3d: (WSConv3d, BranchEndConv3d),
+}
+NOISE = {1: (4, 1024), 2: (2, 224, 224), 3: (2, 8, 64, 64)}  # dimensions -> batch and sides
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_to_nf` did; names are those of modules."""
+
+    convs: tuple[str, ...]  # now with scaled weight standardization
+    folded: tuple[str, ...]  # batch normalizations that went into the gain and bias of the convolution before them
+    on_stream: tuple[str, ...]  # those elsewhere: with statistics one factor and offset a channel, else nothing
+    branches: dict[str, float]  # what carries α and the SkipInit gain -> the branch's deviation before them
+    left: dict[str, str]  # what stays as it was, and why
+    statistics: bool  # whether the batch normalizations had seen data
+    noise: bool  # whether the scales were traced with noise, for want of images
+    before: tuple[BlockSignal, ...]  # `trace_signal` of the original: with its statistics, or those of the batch
+    after: tuple[BlockSignal, ...]  # of the result, branch variances before α and the SkipInit gain
+
+    def __str__(self) -> str:
+        known = "with" if self.statistics else "without"
+        lines = [
+            f"{len(self.convs)} convolutions standardized; {len(self.folded)} batch normalizations {known} statistics "
+            f"folded, {len(self.on_stream)} elsewhere; {len(self.branches)} residual branches; scales traced with "
+            + ("noise" if self.noise else "the images given")
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        lines += [f"left, {why}: {_first_of(names)}" for why, names in reasons.items()]
+        if self.after:
+            lines.append(f"{'block':28}{'squared mean':>20}{'variance':>20}{'branch variance':>20}")
+        for old, new in zip(self.before, self.after, strict=False):
+            lines.append(
+                f"{new.name:28}"
+                + _change(old.squared_mean, new.squared_mean)
+                + _change(old.variance, new.variance)
+                + _change(old.branch_variance, new.branch_variance)
+            )
+        return "\n".join(lines)
+
+
+def _change(old: float | None, new: float | None) -> str:
+    return "" if old is None or new is None else f"{f'{old:.3g} -> {new:.3g}':>20}"
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def convert_to_nf(
+    module: nn.Module,
+    x: Tensor | None = None,
+    *,
+    alpha: float = 0.2,
+    skip_init: float | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """A normalizer-free copy of a batch-normalized residual network, with the weights of its convolutions.
+
+    Classes, attributes and names of modules stay; what changes is replaced in place in the copy.
+
+    - Convolutions get scaled weight standardization (`WSConv`). Its `input_scale`, γβ of the papers, is one over the
+      deviation that the input has when `x` passes through the network as converted so far; 1 for the first one.
+    - Batch normalization that has seen data goes into gain and bias of the convolution before it, so that the network
+      in evaluation mode is what it was, as far as standardized filters allow: a filter's mean is lost, and only its
+      average effect on `x` is kept, in the bias. Elsewhere it becomes one factor and offset a channel.
+    - Batch normalization as initialised is dropped: gains are 1, biases 0.
+    - The end of every residual branch is multiplied by α * gain, with a learnt SkipInit gain: on the weights of a
+      convolution, or on the output of what else stands there (squeeze-excite), as its submodule `skip_init`.
+      Without statistics α is divided by the deviation of the branch's end, so that the branch adds `alpha`² to the
+      variance, whatever gates it.
+
+    Squeeze-excite and other gates are left alone. The result's attribute `conversion`, a
+    `Conversion`, names what was done and what was left. State dict: the original's names without those of the batch
+    normalizations, and gain, bias, input_scale, skip_gain, alpha.
+
+    Args:
+        x: images as in training (N, C, H, W), some dozens for a trained network; None: noise.
+        alpha: strength of the branches, more than 0.
+        skip_init: first value of the SkipInit gains; None: 1, or 1 / `alpha` for a network with statistics, whose
+            branches then are as strong as they were. (The papers' is 0; AGC keeps a gain of 0 from growing.)
+        strict: refuse a network in which a normalization layer would remain; else it is left and named.
+
+    Raises:
+        InputError: torch.fx cannot trace the network; nothing to convert; normalization would remain.
+
+    Source: Brock et al. 2021, arXiv 2101.08692; SkipInit: De and Smith 2020, arXiv 2002.10444.
+    """
+    if alpha <= 0:
+        raise InputError(f"alpha {alpha}: more than 0")
+    original, result = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
+    graph = Graph(result)
+    if graph.remaining and strict:
+        names, why = list(graph.remaining), next(iter(graph.remaining.values()))
+        raise InputError(f"normalization would remain in {_first_of(names)} ({why}); strict=False leaves it in")
+    if not graph.convs:
+        raise InputError(f"{type(module).__name__} has no convolution that can be converted")
+    first = cast(nn.Conv2d, graph.modules[next(iter(graph.convs.values())).name])
+    images = (_noise(first) if x is None else x).to(first.weight)
+    with torch.no_grad():
+        means = _conv_means(original, (conv.name for conv in graph.convs.values()), images) if graph.statistics else {}
+        _replace_layers(result, graph)
+        deviations = _Calibration(result, graph, means, alpha, skip_init).measure(images)
+    for m in original.modules():
+        if isinstance(m, BATCH_NORMS):
+            m.train(not graph.statistics)
+    report = Conversion(
+        convs=tuple(conv.name for conv in graph.convs.values()),
+        folded=tuple(conv.norm for conv in graph.convs.values() if conv.norm is not None),
+        on_stream=tuple(graph.on_stream),
+        branches=deviations,
+        left=graph.left | graph.remaining,
+        statistics=graph.statistics,
+        noise=x is None,
+        before=_signal(original, images, {}),
+        after=_signal(result, images, deviations),
+    )
+    object.__setattr__(result, "conversion", report)  # nn.Module's types foresee tensors and modules only
+    modes = {name: m.training for name, m in module.named_modules()}
+    for name, m in result.named_modules():
+        m.training = modes.get(name, module.training)
+    if isinstance(result, Network):
+        result.info = None  # it is no longer the architecture that a weight file would name
+    return result
+
+
+def _noise(first: nn.Conv2d) -> Tensor:
+    """Standard normal input for a network that begins with `first`, always the same."""
+    batch, *sides = NOISE[first.weight.ndim - 2]
+    return torch.randn(batch, first.in_channels, *sides, generator=torch.Generator().manual_seed(0))
+
+
+def _signal(module: nn.Module, x: Tensor, deviations: dict[str, float]) -> tuple[BlockSignal, ...]:
+    """Signal propagation, with the branch variances known before α; nothing where there are no blocks to measure."""
+    try:
+        signals = trace_signal(module, x)
+    except InputError:
+        return ()
+    ends = {s.name: [std for end, std in deviations.items() if end.startswith(f"{s.name}.")] for s in signals}
+    return tuple(replace(s, branch_variance=ends[s.name][-1] ** 2) if ends[s.name] else s for s in signals)
+
+
+def _conv_means(module: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
+    """The channel means of what convolutions put out."""
+    means: dict[str, Tensor] = {}
+    hooks = []
+    for name in names:
+
+        def note(conv: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
+            means[name] = out.mean(_dims(out))
+
+        hooks.append(module.get_submodule(name).register_forward_hook(note))
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return means
+
+
+def _replace_layers(module: nn.Module, graph: Graph) -> None:
+    """Standardized convolutions of gain 1 in place of the old; constants or nothing for batch normalizations."""
+    for conv in graph.convs.values():
+        norm = None if conv.norm is None else graph.modules[conv.norm]
+        old = cast(nn.Conv2d, graph.modules[conv.name])
+        module.set_submodule(conv.name, _standardized(old, norm, conv.ends_branch))
+    for name in graph.norms:
+        norm = graph.modules[name]
+        layers = OrderedDict(norm.named_children())  # timm's hold dropout and activation
+        if name in graph.on_stream and graph.statistics:
+            affine = ChannelAffine(*_scale_and_offset(norm))
+            affine.requires_grad_(any(p.requires_grad for p in norm.parameters(recurse=False)))
+            layers = OrderedDict[str, nn.Module](affine=affine, **layers)
+        module.set_submodule(name, nn.Sequential(layers) if layers else nn.Identity())
+    if graph.on_stream and not graph.statistics:
+        for m in module.modules():  # a layer behind a normalization that is gone must not overwrite the shortcut
+            if getattr(m, "inplace", False):
+                cast(Any, m).inplace = False
+
+
+def _scale_and_offset(norm: Any) -> tuple[Tensor, Tensor]:
+    """Batch normalization in evaluation is x -> scale * x + offset."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    offset = -norm.running_mean * scale
+    return scale.detach(), (offset if norm.bias is None else offset + norm.bias).detach()
+
+
+def _standardized(conv: nn.Conv2d, norm: nn.Module | None, ends_branch: bool) -> WSConv:
+    """With the weight itself, gain 1, bias 0. The scale is a tensor, and so is part of the state dict."""
+    same, kind = isinstance(conv, SameConv2d), next(kind for kind in KINDS if isinstance(conv, kind))
+    with torch.device("meta"):  # no random numbers drawn
+        new = cast(Any, KINDS[kind][ends_branch])(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            padding="same" if same else tuple(conv._reversed_padding_repeated_twice[::-2]),
+            dilation=conv.dilation,
+            groups=conv.groups,
+        )
+    like = conv.weight.detach()
+    parameters = [] if norm is None else list(norm.parameters(recurse=False))
+    trained = any(p.requires_grad for p in parameters or [conv.weight])
+    new.weight = conv.weight
+    new.gain = nn.Parameter(like.new_ones(conv.out_channels), trained)
+    new.bias = nn.Parameter(like.new_zeros(conv.out_channels), trained)
+    del new.input_scale
+    new.register_buffer("input_scale", like.new_ones(()))
+    if ends_branch:
+        new.skip_gain = nn.Parameter(like.new_ones(()), trained)
+        new.alpha = like.new_ones(())
+    return new
+
+
+def _apply_skip_init(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return cast(SkipInit, module.skip_init)(output)
+
+
+def _dims(x: Tensor) -> list[int]:
+    """All but the channels."""
+    return [0, *range(2, x.ndim)]
+
+
+def _deviation(x: Tensor, place: str) -> float:
+    """Square root of the average over the channels of their variance."""
+    std = x.to(torch.promote_types(x.dtype, torch.float32)).var(_dims(x), correction=0).mean().sqrt().item()
+    if not 0 < std < math.inf:
+        raise InputError(f"the signal at {place} has the deviation {std:g}: pass more, larger or other images as x")
+    return std
+
+
+class _Calibration(fx.Interpreter):
+    """Runs a network with its new convolutions and sets each one's scalars, gain and bias just before it is used."""
+
+    def __init__(
+        self, module: nn.Module, graph: Graph, means: dict[str, Tensor], alpha: float, skip_init: float | None
+    ):
+        super().__init__(module, graph=graph.fx)
+        self.extra_traceback = False  # errors are for users
+        self.plan, self.means, self.alpha = graph, means, alpha
+        default = 1 / alpha if graph.statistics else 1.0
+        self.skip_init = default if skip_init is None else skip_init
+        self.deviations: dict[str, float] = {}
+
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """The deviations of the branches, by what ends them."""
+        self.run(x)
+        for name, std in self.deviations.items():
+            end = self.submodules[name]
+            scaled = end if isinstance(end, BranchEnd) else self._add_skip_init(end)
+            scaled.skip_gain.fill_(self.skip_init)
+            scaled.alpha.fill_(self.alpha if self.plan.statistics else self.alpha / std)
+        return self.deviations
+
+    def _add_skip_init(self, end: nn.Module) -> SkipInit:
+        """As a submodule and by a hook, so that all other names stay; a sequence runs its last submodule anyway."""
+        skip_init = SkipInit().to(next(self.module.parameters()))
+        skip_init.requires_grad_(all(p.requires_grad for p in end.parameters()))
+        end.add_module("skip_init", skip_init)
+        if not isinstance(end, nn.Sequential):
+            end.register_forward_hook(_apply_skip_init)
+        return skip_init
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.plan.convs:
+            self._set_conv(self.plan.convs[n], self.env[n.all_input_nodes[0]])
+        elif n in self.plan.branches:
+            self._scale_branch(self.plan.branches[n])
+        return super().run_node(n)
+
+    def _set_conv(self, conv: ConvSite, x: Tensor) -> None:
+        """Scale for the input x; with statistics, gain and bias for the filters' and the means' sake."""
+        new = cast(Any, self.submodules[conv.name])
+        if not conv.is_first:
+            new.input_scale.fill_(1 / _deviation(x, conv.name))
+        if not self.plan.statistics:
+            return
+        mean = self.means[conv.name]
+        var = new.weight.flatten(1).var(1, correction=0)
+        new.gain.copy_((var * new.fan_in).clamp(min=1e-4).sqrt() / new.input_scale)
+        if conv.norm is not None:
+            scale, offset = _scale_and_offset(self.plan.modules[conv.norm])
+            new.gain.mul_(scale)
+            mean = mean * scale + offset
+        out = new(x)
+        new.bias.copy_(mean - out.mean(_dims(out)))
+
+    def _scale_branch(self, branch: Branch) -> None:
+        """Measures it; from here on it is as strong as its scalars will make it."""
+        out = reduce(operator.mul, (self.env[operand] for operand in branch.operands))
+        std = self.deviations[branch.end] = _deviation(out, branch.end)
+        factor = self.alpha * self.skip_init if self.plan.statistics else self.alpha / std
+        self.env[branch.scaled] = self.env[branch.scaled] * factor
