@@ -16,6 +16,7 @@ from normfree.models.network import (
     FeatureInfo,
     MaxPool,
     Network,
+    Stage,
     check_four,
     check_rates,
     conv_macs,
@@ -139,7 +140,7 @@ class BNResNet(Network):
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
         self.stages = nn.Sequential()
         for stage in range(4):
-            blocks = nn.Sequential()
+            blocks = Stage()
             for i in range(depth[stage]):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(BNResBlock(channels, width[stage], stride, projects=i == 0, activation=activation))
@@ -235,7 +236,7 @@ class BNNFNet(Network):
         self.stages = nn.Sequential()
         index = 0
         for stage in range(4):
-            blocks = nn.Sequential()
+            blocks = Stage()
             for i in range(depth[stage]):
                 stride = 2 if stage > 0 and i == 0 else 1
                 rate = stochastic_depth * index / sum(depth)

@@ -123,6 +123,17 @@ def rematerialize(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
+class Stage(nn.Sequential):
+    """Blocks in a row; with `grad_checkpointing` each is computed once more in the backward pass."""
+
+    grad_checkpointing = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self:
+            input = rematerialize(block, input) if self.grad_checkpointing and torch.is_grad_enabled() else block(input)
+        return input
+
+
 class Network(nn.Module):
     """A network of stem, stages, final convolution or none, activation, head.
 
@@ -140,7 +151,6 @@ class Network(nn.Module):
     feature_tap: str  # name of the stem's layer whose output is feature map 0
     info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
     out_indices: tuple[int, ...] | None = None
-    grad_checkpointing = False
 
     def _finish(
         self,
@@ -185,25 +195,17 @@ class Network(nn.Module):
         if wanted[-1] > 0:
             x = self.stem[self._stem_tap + 1 :](x)
         for i, stage in enumerate(self.stages, 1):
-            x = self._run_stage(stage, x)
+            x = stage(x)
             if i in wanted:
                 maps.append(self.final_conv(x) if i == 4 else x)
         return maps
-
-    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        for block in stage.children():
-            x = rematerialize(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, num_features, H / 32, W / 32), after the last activation.
 
         Its γ is applied by `forward_head`, after pooling.
         """
-        x = self.stem(x)
-        for stage in self.stages:
-            x = self._run_stage(stage, x)
-        return self.act(self.final_conv(x))
+        return self.act(self.final_conv(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, num_features, h, w) -> logits (N, num_classes), or pooled features (N, num_features)."""
@@ -239,7 +241,9 @@ class Network(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable
 
 
 def block_schedule(depth: Sequence[int], alpha: float, rate: float) -> Iterator[tuple[int, int, float, float]]:

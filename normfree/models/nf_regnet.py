@@ -15,6 +15,7 @@ from normfree.models.network import (
     ClassifierHead,
     FeatureInfo,
     Network,
+    Stage,
     block_schedule,
     check_four,
     check_padding,
@@ -156,7 +157,7 @@ class NFRegNet(Network):
         self.feature_tap = "stem.conv"
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
-        stages = [nn.Sequential() for _ in range(4)]
+        stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
             inner = channels if stage == i == 0 else round_channels(channels * expansion, channel_divisor)
             groups = max(1, inner // group_width)

@@ -17,6 +17,7 @@ from normfree.models.network import (
     FeatureInfo,
     MaxPool,
     Network,
+    Stage,
     block_schedule,
     check_four,
     check_padding,
@@ -158,7 +159,7 @@ class NFResNet(Network):
         self.feature_tap = "stem.conv"
         taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
-        stages = [nn.Sequential() for _ in range(4)]
+        stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
             block = NFResBlock(
                 channels,

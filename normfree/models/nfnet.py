@@ -16,6 +16,7 @@ from normfree.models.network import (
     ClassifierHead,
     FeatureInfo,
     Network,
+    Stage,
     block_schedule,
     check_four,
     check_padding,
@@ -240,7 +241,7 @@ class NFNet(Network):
         self.feature_tap = f"stem.conv{len(stem_channels) - 1}"  # the convolution before the last
         taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
 
-        stages = [nn.Sequential() for _ in range(4)]
+        stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
             inner = bottleneck_width[stage] if bottleneck_width else width[stage] // 2
             groups = max(1, inner // group_width)

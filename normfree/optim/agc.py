@@ -171,7 +171,7 @@ def _piece(p: Tensor, units: Units, transposed: int) -> _Piece:
         )
     whole = units == "tensor" or is_vector(p)
     total = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
-    if _is_sharded(p):
+    if is_sharded(p):
         return _shard(p, whole, transposed, total)
     if grad.is_sparse:
         p.grad = grad = grad.coalesce()
@@ -191,12 +191,18 @@ def _cut(p: Tensor, whole: bool, transposed: int, rows: range) -> _Whole | _Rows
     return _Transposed(row // (p.shape[0] // transposed), transposed, p.shape[1])
 
 
-def _is_sharded(p: Tensor) -> bool:
+def is_sharded(p: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(p, DTensor)
+
+
+def local(t: Any) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return t.to_local() if is_sharded(t) else t
 
 
 def _shard(p: Any, whole: bool, transposed: int, total: int) -> _Piece:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.config import InputError
+from normfree.optim.agc import is_sharded, local
 
 
 class EMA:
@@ -44,16 +45,23 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes the parameters of now into the average; `step` counts from 0."""
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - self.decay_at(step))
+        shadow, params = ([local(t) for t in own.values()] for own in (self.shadow, self.params))
+        torch._foreach_lerp_(shadow, params, 1 - self.decay_at(step))
 
     @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.params.items():
-            p.data, self.shadow[name] = self.shadow[name], p.data
+            if is_sharded(p):  # whose .data does not hold the shard
+                own, average = local(p), local(self.shadow[name])
+                kept = own.clone()
+                own.copy_(average)
+                average.copy_(kept)
+            else:
+                p.data, self.shadow[name] = self.shadow[name], p.data
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged parameters inside, its own again afterwards; nothing is copied."""
+        """The model has the averaged parameters inside, its own again afterwards; only shards are copied."""
         self._swap()
         try:
             yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.optim.agc import AGCStats, check_clipping, clip_params_
+from normfree.optim.agc import AGCStats, check_clipping, clip_params_, local
 
 
 def sgd_step_(
@@ -91,7 +91,6 @@ class SGD_AGC(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -99,9 +98,9 @@ class SGD_AGC(torch.optim.Optimizer):
                 units, transposed = group.get("units", "channel"), group.get("transposed", 0)
                 self.stats += clip_params_(params, group["clipping"], group["eps"], units, transposed)
             sgd_step_(
-                params,
-                grads,
-                [self.state[p]["momentum_buffer"] for p in params],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
+                [local(self.state[p]["momentum_buffer"]) for p in params],
                 lr=group["lr"],
                 momentum=group["momentum"],
                 nesterov=group["nesterov"],
