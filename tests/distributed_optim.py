@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 tests/distributed_optim.py
 
 import copy
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from normfree.models import create_model
-from normfree.optim import AGC, EMA, SGD_AGC, adaptive_clip_grad_, param_groups
+from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
+from normfree.optim.agc import local
 
 CLIPPING = 0.02
 
@@ -133,6 +135,47 @@ def check_exact(name: str, build, shard, px: int) -> None:
     compare(name, model, single, "grad", 1e-6)
 
 
+def check_sam(name: str, build, shard, px: int) -> None:
+    """Two steps of SAM and SGD_AGC; DDP ranks climb by their own gradients, sharded ones by the common one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    single = build().double()
+    model = shard(copy.deepcopy(single))
+    ddp = isinstance(model, DistributedDataParallel)
+    groups = param_groups(model.module if ddp else model, clipping=CLIPPING)
+    sam = SAM(SGD_AGC(groups, lr=0.05), rho=0.1)
+    plain = SGD_AGC(param_groups(single, clipping=CLIPPING), lr=0.05)
+    for step in range(2):
+        x, y = data(step, 4 * world, px)
+        mine = slice(rank * 4, rank * 4 + 4)
+        before = [local(p).clone() for p in model.parameters()]
+        with model.no_sync() if ddp else nullcontext():
+            backward(model, x[mine][:2], y[mine][:2])
+        sam.ascend()
+        assert not all(torch.equal(local(p), q) for p, q in zip(model.parameters(), before, strict=True))
+        backward(model, x[mine], y[mine])
+        sam.restore()
+        assert all(torch.equal(local(p), q) for p, q in zip(model.parameters(), before, strict=True))
+        sam.optimizer.step()
+
+        gradients = [torch.zeros_like(p) for p in single.parameters()]
+        for r in range(world):  # what each rank does, one after the other
+            uphill = copy.deepcopy(single)
+            climb = SAM(torch.optim.SGD(uphill.parameters(), lr=0.0), rho=0.1)
+            rows = torch.arange(4 * world).view(world, 4)[:, :2]
+            rows = (rows[r] if ddp else rows).flatten()
+            backward(uphill, x[rows], y[rows])
+            climb.ascend()
+            part = slice(r * 4, r * 4 + 4)
+            backward(uphill, x[part], y[part])
+            for total, p in zip(gradients, uphill.parameters(), strict=True):
+                total += p.grad / world
+        for p, g in zip(single.parameters(), gradients, strict=True):
+            p.grad = g
+        plain.step()
+    compare(f"{name}, SAM", model, single, "", 1e-9)
+
+
 def tiny() -> nn.Module:
     options = dict(width=(16, 24, 24, 40), group_width=8, stochastic_depth=0.0, drop_rate=0.0)
     return create_model("nfnet_nano", num_classes=5, **options)
@@ -178,6 +221,7 @@ def main() -> None:
         if name not in ("ddp", "fsdp2 mixed with plain"):
             check_exact(name, build, shard, px)
         check(name, build, shard, px)
+        check_sam(name, build, shard, px)
         if dist.get_rank() == 0:
             print(f"{name}: equal", flush=True)
     dist.destroy_process_group()

@@ -42,8 +42,8 @@ def num_units(parameter: Tensor) -> int:
 def unitwise_norm(tensor: Tensor) -> Tensor:
     """Euclidean norm of each unit, broadcastable against `tensor`: (out, 1, ..., 1), or shape () for vectors."""
     if is_vector(tensor):
-        return torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype))
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=_wide(tensor.dtype))
+        return torch.linalg.vector_norm(tensor, dtype=wide(tensor.dtype))
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=wide(tensor.dtype))
 
 
 def adaptive_clip_reference_(parameter: Tensor, grad: Tensor, clipping: float, eps: float = 1e-3) -> Tensor:
@@ -100,7 +100,7 @@ class AGCStats:
 # --- how one tensor is cut into units ---
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype | None:
+def wide(dtype: torch.dtype) -> torch.dtype | None:
     """The type in which norms are summed: half precision would overflow at 65504, or lose digits."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
@@ -111,7 +111,7 @@ class _Whole:
     size = 1
 
     def norms(self, tensor: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(tensor, dtype=_wide(tensor.dtype)).view(1)
+        return torch.linalg.vector_norm(tensor, dtype=wide(tensor.dtype)).view(1)
 
     def spread(self, factors: Tensor, ndim: int) -> Tensor:
         return factors.view(())
@@ -124,7 +124,7 @@ class _Rows:
         self.size = size
 
     def norms(self, tensor: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_wide(tensor.dtype))
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=wide(tensor.dtype))
 
     def spread(self, factors: Tensor, ndim: int) -> Tensor:
         return factors.view(-1, *[1] * (ndim - 1))
@@ -137,7 +137,7 @@ class _Transposed:
         self.group, self.groups, self.columns, self.size = group, groups, columns, groups * columns
 
     def norms(self, tensor: Tensor) -> Tensor:
-        rows = torch.linalg.vector_norm(tensor.flatten(2), dim=2, dtype=_wide(tensor.dtype))
+        rows = torch.linalg.vector_norm(tensor.flatten(2), dim=2, dtype=wide(tensor.dtype))
         return rows.new_zeros(self.groups, self.columns).index_add_(0, self.group, rows.square()).sqrt().view(-1)
 
     def spread(self, factors: Tensor, ndim: int) -> Tensor:
@@ -237,7 +237,7 @@ def _norms(tensors: Sequence[Tensor], pieces: Sequence[_Piece]) -> list[Tensor]:
     for tensor, is_whole in zip(tensors, whole, strict=True):
         if is_whole:
             batches.setdefault(tensor.dtype, []).append(tensor)
-    batched = {dtype: iter(torch._foreach_norm(batch, dtype=_wide(dtype))) for dtype, batch in batches.items()}
+    batched = {dtype: iter(torch._foreach_norm(batch, dtype=wide(dtype))) for dtype, batch in batches.items()}
     return [
         next(batched[tensor.dtype]).view(1) if is_whole else piece.cut.norms(tensor)
         for tensor, piece, is_whole in zip(tensors, pieces, whole, strict=True)
