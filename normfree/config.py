@@ -116,6 +116,10 @@ class OptimConfig:
     """AGC's λ; larger for small batches; None clips nothing."""
     clip_eps: float = 1e-3
     """AGC's ε, the smallest weight norm that counts."""
+    sam_rho: float = 0.0
+    """Sharpness-aware minimization: how far the weights climb before the gradient is taken; 0: without; 0.05."""
+    sam_fraction: float = 0.2
+    """Share of the batch that decides where uphill is."""
     label_smoothing: float = 0.1
     """Share of the label that is spread over all classes."""
     ema_decay: float = 0.99999
@@ -169,6 +173,8 @@ def validate(run: RunConfig) -> None:
         (o.weight_decay >= 0, f"weight-decay {o.weight_decay}: at least 0"),
         (o.clipping is None or o.clipping > 0, f"clipping {o.clipping}: more than 0, or None"),
         (o.clip_eps > 0, f"clip-eps {o.clip_eps}: more than 0"),
+        (o.sam_rho >= 0, f"sam-rho {o.sam_rho}: at least 0; 0 is without"),
+        (0 < o.sam_fraction <= 1, f"sam-fraction {o.sam_fraction}: more than 0, at most 1"),
         (0 <= o.label_smoothing < 1, f"label-smoothing {o.label_smoothing}: from 0 to less than 1"),
         (0 <= o.ema_decay < 1, f"ema-decay {o.ema_decay}: from 0 to less than 1"),
         (0 < d.validation_fraction < 1, f"validation-fraction {d.validation_fraction}: between 0 and 1"),

@@ -42,7 +42,16 @@ def test_the_papers_schedule():
 @pytest.mark.parametrize("rung", RUNGS)
 def test_every_rung_takes_two_steps(rung, photos, tmp_path):
     """At reduced size: a sixteenth of the widths, pictures of 32 px."""
-    run = RECIPES[f"nfnet_f0_{rung}"](str(photos))
+    take_two_steps(RECIPES[f"nfnet_f0_{rung}"](str(photos)), tmp_path)
+
+
+def test_sam_takes_two_steps(photos, tmp_path):
+    run = RECIPES["nfnet_f6_sam"](str(photos))
+    assert (run.model.model, run.optim.sam_rho, run.optim.sam_fraction) == ("nfnet_f6", 0.05, 0.2)
+    take_two_steps(replace(run, model=replace(run.model, depth=(1, 1, 1, 1))), tmp_path)
+
+
+def take_two_steps(run, tmp_path):
     width = tuple(side // 16 for side in run.model.width or (256, 512, 1536, 1536))
     run = replace(
         run,
@@ -54,6 +63,9 @@ def test_every_rung_takes_two_steps(rung, photos, tmp_path):
     )
     start(run, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) >= 2
-    assert all(0 < loss < 10 for loss in losses)
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) >= 2
+    assert all(0 < step["loss"] < 10 for step in steps)
+    if run.optim.clipping is not None:
+        assert {"agc_stem", "agc_stages.0", "agc_stages.3", "agc_head"} <= steps[0].keys()
+        assert all(0 <= value <= 1 for key, value in steps[0].items() if key.startswith("agc_"))

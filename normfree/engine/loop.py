@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from normfree.config import InputError, MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.log import ProgressBar, RunLog
-from normfree.optim import EMA
-from normfree.optim.sgd import SGD_AGC
+from normfree.optim import EMA, SAM, SGD_AGC, AGCStats
 
 
 class Diverged(RuntimeError):
@@ -42,8 +41,8 @@ class Task(Protocol):
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Any]: ...
 
-    def loss(self, batch: Any) -> Tensor:
-        """Scalar loss of a batch, in float32."""
+    def loss(self, batch: Any, fraction: float = 1.0) -> Tensor:
+        """Scalar loss of a batch, or of the first `fraction` of it, in float32."""
         ...
 
     def notices(self, batch: Any) -> list[str]:
@@ -69,6 +68,8 @@ class Plan:
     steps_per_epoch: float
     lr_at: Callable[[int], float]
     metric: str = "top1"
+    sam_rho: float = 0.0  # 0: no sharpness-aware minimization
+    sam_fraction: float = 0.2
 
 
 @dataclass
@@ -126,6 +127,8 @@ def train(
         last_checkpoint = time.monotonic()
 
     # --- the steps ---
+    sam = SAM(optimizer, plan.sam_rho)
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     model.train()
     with _Signals() as signals:
         try:
@@ -137,11 +140,16 @@ def train(
                 done = step + 1
                 log_now = done % machine.log_every == 0 or done in plan.eval_steps
                 check = device.type == "cpu" or log_now  # waits for the device; nothing is saved unchecked
+                optimizer.zero_grad(set_to_none=True)
+                if plan.sam_rho:
+                    task.loss(batch, plan.sam_fraction).backward()
+                    sam.ascend()
                 loss = task.loss(batch)
                 if check and not math.isfinite(loss.item()):
                     raise _diverged(_bad_output(task, batch), step, lr)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                if plan.sam_rho:
+                    sam.restore()
                 optimizer.step()
                 ema.update(step)
                 if check and not math.isfinite(optimizer.stats.max_ratio.item()):
@@ -163,6 +171,7 @@ def train(
                         images_per_s=round(speed, 2),
                         clipped_fraction=optimizer.stats.clipped_fraction,
                         max_grad_ratio=optimizer.stats.max_ratio.item(),
+                        **_by_stage(optimizer.stats, names),
                     )
                     bar.update(done, f"loss {loss.item():.3f}  {speed:.0f} images/s")
                 else:
@@ -191,6 +200,18 @@ def train(
     return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds)
 
 
+def _by_stage(stats: AGCStats, names: Mapping[Tensor, str]) -> dict[str, float]:
+    """Share of the units that AGC clipped, in "agc_stem", "agc_stages.0", ..., "agc_head"; waits for the device."""
+    units: dict[str, int] = {}
+    clipped: dict[str, float] = {}
+    for p, size, count in zip(stats.params, stats.units, stats.clipped.tolist(), strict=True):
+        parts = names[p].split(".")
+        stage = "agc_" + ".".join(parts[: 2 if parts[0] == "stages" else 1])
+        units[stage] = units.get(stage, 0) + size
+        clipped[stage] = clipped.get(stage, 0.0) + count
+    return {stage: clipped[stage] / size for stage, size in sorted(units.items())}
+
+
 def _evaluate(
     task: Task, ema: EMA, plan: Plan, done: int, extra: dict[str, Any], folder: Path, log: RunLog, bar: ProgressBar
 ) -> None:
@@ -216,7 +237,7 @@ def _state(model: nn.Module, optimizer: SGD_AGC, ema: EMA) -> dict[str, Tensor]:
     """Every tensor that the next step depends on, by name. Momenta are made if the first step has not made them."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]

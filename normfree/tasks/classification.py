@@ -34,7 +34,7 @@ from normfree.engine.evaluate import Accuracy, autocast, evaluate, prepare
 from normfree.engine.log import ProgressBar
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, load, save
-from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
+from normfree.optim import EMA, SGD_AGC, ascent_size, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
 from normfree.weights import ModelInfo
 
@@ -70,9 +70,10 @@ class Classification:
             pin_memory=self.device.type == "cuda",
         )
 
-    def loss(self, batch: Batch) -> Tensor:
-        images = prepare(batch.images, self.info.mean, self.info.std, self.device)
-        targets = batch.targets.to(self.device, non_blocking=True)
+    def loss(self, batch: Batch, fraction: float = 1.0) -> Tensor:
+        size = len(batch.images) if fraction == 1 else ascent_size(len(batch.images), fraction)
+        images = prepare(batch.images[:size], self.info.mean, self.info.std, self.device)
+        targets = batch.targets[:size].to(self.device, non_blocking=True)
         with autocast(self.device, self.run.precision):
             logits = self.model(images)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.run.optim.label_smoothing)
@@ -200,6 +201,8 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         o.batch_size,
         steps_per_epoch,
         lr_at,
+        sam_rho=o.sam_rho,
+        sam_fraction=o.sam_fraction,
     )
     return task, optimizer, EMA(model, o.ema_decay), plan
 
