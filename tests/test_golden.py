@@ -10,7 +10,7 @@ from normfree.models import Network
 from normfree.models.nf_regnet import NFRegBlock
 from normfree.models.nf_resnet import NFResBlock
 from normfree.models.nfnet import NFBlock
-from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
+from normfree.optim import AGC, EMA, SGD_AGC, param_groups, warmup_cosine
 
 
 def statistics_of(model: Network, images: Tensor) -> tuple[dict[str, float], Tensor]:
@@ -95,19 +95,25 @@ def test_bn_baseline(side):
     compare(model, arrays, side)
 
 
-def test_ten_training_steps():
-    """Gradients, losses, learning rates, clipped units, parameters and EMA over ten steps of the authors' loop."""
+@pytest.mark.parametrize("path", ["sweep", "batched", "torch"])
+def test_ten_training_steps(path, monkeypatch):
+    """Gradients, losses, learning rates, clipped units, parameters and EMA over ten steps of the authors' loop.
+
+    By the native sweep, by batched operations, and by torch's SGD with AGC in front.
+    """
+    if path == "batched":
+        monkeypatch.setattr("normfree.optim.agc.load", lambda: None)
     arrays, config = load_golden("train_nfnet_tiny")
     _, sizes = load_golden("nfnet_tiny_gelu")
     depth = sizes["depth"]
     model = build(sizes)
     model.load_state_dict(to_state(arrays, "params_initial/", depth))
-    optimizer = SGD_AGC(
-        param_groups(model, config["weight_decay"], config["clipping"]),
-        lr=0.0,
-        momentum=config["momentum"],
-        eps=config["eps"],
-    )
+    groups = param_groups(model, config["weight_decay"], config["clipping"])
+    if path == "torch":
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config["momentum"], nesterov=True)
+        clipper = AGC(optimizer, eps=config["eps"])
+    else:
+        optimizer = clipper = SGD_AGC(groups, lr=0.0, momentum=config["momentum"], eps=config["eps"])
     ema = EMA(model, config["ema_decay"])
     num_classes, smoothing = sizes["num_classes"], config["label_smoothing"]
     for step in range(config["steps"]):
@@ -130,9 +136,12 @@ def test_ten_training_steps():
                 assert relative_error(p.grad, grads[name]) < 1e-5, name
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
-        ema.update(step)
-        assert optimizer.stats.clipped_fraction == arrays["clipped_fraction"][step]
+        if path == "sweep":
+            optimizer.step(ema=ema, ema_step=step)
+        else:
+            optimizer.step()
+            ema.update(step)
+        assert clipper.stats.clipped_fraction == arrays["clipped_fraction"][step]
     final, averaged = to_state(arrays, "params_final/", depth), to_state(arrays, "ema_final/", depth)
     for name, p in model.named_parameters():
         assert relative_error(p.detach(), final[name]) < 1e-5, name

@@ -150,8 +150,7 @@ def train(
                 loss.backward()
                 if plan.sam_rho:
                     sam.restore()
-                optimizer.step()
-                ema.update(step)
+                optimizer.step(ema=ema, ema_step=step)
                 if check and not math.isfinite(optimizer.stats.max_ratio.item()):
                     raise _diverged(_bad_gradient(model), step, lr)
 

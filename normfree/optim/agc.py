@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normfree.config import InputError
+from normfree.optim.sweep import Item, load, sweep
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -146,7 +147,7 @@ class _Transposed:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """What this rank has of one parameter and of its gradient."""
 
     param: Tensor
@@ -157,9 +158,15 @@ class _Piece:
     split: tuple[Any, ...]  # process groups over whose ranks a unit is split
     parted: tuple[Any, ...]  # process groups over whose ranks whole units are
 
+    def item(self, clipping: float | None, eps: float, **update: Any) -> Item | None:
+        """The same for the native sweep; None for what it does not take."""
+        item = Item(self.weight, self.grad, isinstance(self.cut, _Whole), clipping, eps, **update)
+        plain = clipping is None or not (self.split or isinstance(self.cut, _Transposed))
+        return item if plain and item.fits and load() is not None else None
 
-def _piece(p: Tensor, units: Units, transposed: int) -> _Piece:
-    """`transposed`: 0, or the groups of the transposed convolution that `p` is the weight of."""
+
+def piece_of(p: Tensor, units: Units = "channel", transposed: int = 0) -> Piece:
+    """How a parameter with a gradient is cut. `transposed`: 0, or the groups of the transposed convolution it is of."""
     grad = p.grad
     assert grad is not None
     if p.is_complex():
@@ -176,9 +183,9 @@ def _piece(p: Tensor, units: Units, transposed: int) -> _Piece:
     if grad.is_sparse:
         p.grad = grad = grad.coalesce()
         weight = p if whole else p.index_select(0, grad.indices()[0])
-        return _Piece(p, weight, grad.values(), _Whole() if whole else _Rows(len(weight)), total, (), ())
+        return Piece(p, weight, grad.values(), _Whole() if whole else _Rows(len(weight)), total, (), ())
     cut = _cut(p, whole, transposed, range(p.shape[0] if p.ndim else 0))
-    return _Piece(p, p, grad, cut, total, (), ())
+    return Piece(p, p, grad, cut, total, (), ())
 
 
 def _cut(p: Tensor, whole: bool, transposed: int, rows: range) -> _Whole | _Rows | _Transposed:
@@ -205,7 +212,7 @@ def local(t: Any) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
-def _shard(p: Any, whole: bool, transposed: int, total: int) -> _Piece:
+def _shard(p: Any, whole: bool, transposed: int, total: int) -> Piece:
     from torch.distributed.tensor import Partial, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -224,13 +231,13 @@ def _shard(p: Any, whole: bool, transposed: int, total: int) -> _Piece:
     if transposed and not whole and parted:
         raise InputError("a transposed convolution can be sharded over its input channels (dimension 0) only")
     cut = _cut(p, whole, transposed, range(start, start + (len(weight) if p.ndim else 0)))
-    return _Piece(p, weight, grad.to_local(), cut, total, tuple(split), tuple(parted))
+    return Piece(p, weight, grad.to_local(), cut, total, tuple(split), tuple(parted))
 
 
 # --- the rule, for many tensors at once ---
 
 
-def _norms(tensors: Sequence[Tensor], pieces: Sequence[_Piece]) -> list[Tensor]:
+def _norms(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
     """Norms of the units of each tensor (its part on this rank), as vectors; whole tensors in one batched call."""
     whole = [isinstance(piece.cut, _Whole) for piece in pieces]
     batches: dict[torch.dtype, list[Tensor]] = {}
@@ -244,7 +251,7 @@ def _norms(tensors: Sequence[Tensor], pieces: Sequence[_Piece]) -> list[Tensor]:
     ]
 
 
-def _join_split(norms: list[Tensor], pieces: Sequence[_Piece]) -> None:
+def _join_split(norms: list[Tensor], pieces: Sequence[Piece]) -> None:
     """Norms of units that are split over ranks, from those of their parts: one all-reduce for each kind of split."""
     kinds: dict[tuple, list[int]] = {}
     for i in range(len(norms)):
@@ -258,7 +265,7 @@ def _join_split(norms: list[Tensor], pieces: Sequence[_Piece]) -> None:
             norms[i] = part
 
 
-def _join_parted(stats: Tensor, pieces: Sequence[_Piece]) -> None:
+def _join_parted(stats: Tensor, pieces: Sequence[Piece]) -> None:
     """Counts (row 0) and largest ratios (row 1) of parameters whose units lie on several ranks, in place."""
     kinds: dict[tuple, list[int]] = {}
     for i, piece in enumerate(pieces):
@@ -273,7 +280,7 @@ def _join_parted(stats: Tensor, pieces: Sequence[_Piece]) -> None:
             stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
 
 
-def _clip(pieces: Sequence[_Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> AGCStats:
+def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> AGCStats:
     """Clips the gradients of parameters on one device."""
     num = len(pieces)
     norms = _norms([piece.weight for piece in pieces], pieces) + _norms([piece.grad for piece in pieces], pieces)
@@ -289,27 +296,34 @@ def _clip(pieces: Sequence[_Piece], clipping: float, eps: float, grad_scale: Ten
     torch._foreach_mul_([piece.grad for piece in pieces], spread)
 
     tensor_of_unit = torch.repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(factors.device)
-    stats = factors.new_zeros(2, num)
-    stats[0].index_add_(0, tensor_of_unit, clipped.to(stats.dtype))
-    stats[1].scatter_reduce_(0, tensor_of_unit, grad_norms / weight_norms, "amax")
+    counts = factors.new_zeros(num).index_add_(0, tensor_of_unit, clipped.to(factors.dtype))
+    ratios = factors.new_zeros(num).scatter_reduce_(0, tensor_of_unit, grad_norms / weight_norms, "amax")
+    return make_stats(pieces, counts, ratios)
+
+
+def make_stats(pieces: Sequence[Piece], counts: Tensor, ratios: Tensor) -> AGCStats:
+    """From what this rank found in its part of each parameter."""
+    stats = torch.stack([counts, ratios])
     _join_parted(stats, pieces)
     return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *stats)
 
 
-def clip_params_(
-    params: Iterable[Tensor],
-    clipping: float,
-    eps: float = 1e-3,
-    units: Units = "channel",
-    transposed: int = 0,
-    grad_scale: Tensor | None = None,
+def clip_pieces_(
+    pieces: Iterable[Piece], clipping: float, eps: float = 1e-3, grad_scale: Tensor | None = None
 ) -> AGCStats:
-    """`adaptive_clip_grad_` for one group: batched norms, one vector of factors, one batched product a device."""
-    devices: dict[torch.device, list[_Piece]] = {}
-    for p in params:
-        if p.grad is not None:
-            devices.setdefault(p.device, []).append(_piece(p, units, transposed))
-    return sum((_clip(pieces, clipping, eps, grad_scale) for pieces in devices.values()), AGCStats())
+    """`adaptive_clip_grad_` for one group: in the native sweep, or where it cannot be by batched operations."""
+    swept: list[tuple[Piece, Item]] = []
+    devices: dict[torch.device, list[Piece]] = {}
+    for piece in pieces:
+        item = None if grad_scale is not None else piece.item(clipping, eps)
+        if item is not None:
+            swept.append((piece, item))
+        else:
+            devices.setdefault(piece.param.device, []).append(piece)
+    stats = AGCStats()
+    if swept:
+        stats += make_stats([piece for piece, _ in swept], *sweep([item for _, item in swept]))
+    return sum((_clip(rest, clipping, eps, grad_scale) for rest in devices.values()), stats)
 
 
 def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
@@ -369,7 +383,9 @@ def adaptive_clip_grad_(
         own = group.get("clipping", clipping), group.get("clip_eps", eps), group.get("units", units)
         check_clipping(*own)
         if own[0] is not None:
-            stats += clip_params_(group["params"], *own, group.get("transposed", 0), grad_scale)
+            transposed = group.get("transposed", 0)
+            pieces = [piece_of(p, own[2], transposed) for p in group["params"] if p.grad is not None]
+            stats += clip_pieces_(pieces, *own[:2], grad_scale)
     return stats
 
 

@@ -45,8 +45,12 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes the parameters of now into the average; `step` counts from 0."""
-        shadow, params = ([local(t) for t in own.values()] for own in (self.shadow, self.params))
-        torch._foreach_lerp_(shadow, params, 1 - self.decay_at(step))
+        averages = self.averages()
+        torch._foreach_lerp_(list(averages.values()), [local(p) for p in averages], 1 - self.decay_at(step))
+
+    def averages(self) -> dict[Tensor, Tensor]:
+        """What this rank has of each parameter's average, by parameter."""
+        return {p: local(self.shadow[name]) for name, p in self.params.items()}
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.optim.agc import AGCStats, check_clipping, clip_params_, local
+from normfree.optim.agc import AGCStats, Piece, check_clipping, clip_pieces_, local, make_stats, piece_of
+from normfree.optim.ema import EMA
+from normfree.optim.sweep import Item, sweep
 
 
 def sgd_step_(
@@ -81,29 +83,55 @@ class SGD_AGC(torch.optim.Optimizer):
             raise InputError("Nesterov momentum needs a momentum above 0")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, ema: EMA | None = None, ema_step: int = 0
+    ) -> float | None:
+        """One update. With `ema`, its `update(ema_step)` too, which on a CPU costs little more in the same pass."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.stats = AGCStats()
+        swept: list[tuple[Piece, Item]] = []
+        averages = {} if ema is None else ema.averages()
+        blend = 0.0 if ema is None else 1 - ema.decay_at(ema_step)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
+            plain = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            if group["clipping"] is not None:
-                units, transposed = group.get("units", "channel"), group.get("transposed", 0)
-                self.stats += clip_params_(params, group["clipping"], group["eps"], units, transposed)
-            sgd_step_(
-                [local(p) for p in params],
-                [local(p.grad) for p in params],
-                [local(self.state[p]["momentum_buffer"]) for p in params],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                weight_decay=group["weight_decay"],
-            )
+                piece = piece_of(p, group.get("units", "channel"), group.get("transposed", 0))
+                update = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+                momentum, average = local(self.state[p]["momentum_buffer"]), averages.get(p)
+                item = piece.item(group["clipping"], group["eps"], m=momentum, e=average, blend=blend, **update)
+                if item is None:
+                    plain.append((piece, momentum))
+                else:
+                    averages.pop(p, None)
+                    swept.append((piece, item))
+            if plain:
+                self._plain_step([piece for piece, _ in plain], [momentum for _, momentum in plain], group)
+        if swept:
+            found = sweep([item for _, item in swept])
+            clipped = [i for i, (_, item) in enumerate(swept) if item.clipping is not None]
+            if clipped:
+                self.stats += make_stats([swept[i][0] for i in clipped], *(figures[clipped] for figures in found))
+        if averages:
+            torch._foreach_lerp_(list(averages.values()), [local(p) for p in averages], blend)
         return loss
+
+    def _plain_step(self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any]) -> None:
+        """By batched operations."""
+        if group["clipping"] is not None:
+            self.stats += clip_pieces_(pieces, group["clipping"], group["eps"])
+        sgd_step_(
+            [piece.weight for piece in pieces],
+            [piece.grad for piece in pieces],
+            momenta,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+        )
