@@ -23,3 +23,10 @@ def test_every_file_that_the_readme_names_is_there():
         for name in re.findall(r"`([^`]+)`", cell):
             path = root / name
             assert path.exists() or (root / "normfree" / name).exists(), name
+
+
+def test_python_blocks_of_the_agc_page_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "agc.md").read_text(), flags=re.S)
+    assert len(blocks) == 4
+    exec("\n".join(blocks), {})
+    assert "units clipped" in capsys.readouterr().out
