@@ -123,7 +123,7 @@ def test_every_architecture_is_recognised_and_fits(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
         ours = create_model(ARCHITECTURES[name][0], **ARCHITECTURES[name][1])
-    assert recognise(state) == name
+    assert recognise(state) == (name, 1000, 3)
     translated = {names._timm_key(key, state): value for key, value in ours.state_dict().items()}
     assert translated.keys() == state.keys()
     assert all(translated[key].numel() == state[key].numel() for key in state)
@@ -211,6 +211,8 @@ def test_hostile_and_damaged_files(tmp_path):
     path.write_bytes(pickle.dumps({"a": {"w": Bomb(trap)}}))  # passes for a haiku file
     refused("refused")
     torch.save({"a": torch.zeros(3)}, path)
+    refused("nor are its tensors")
+    torch.save({"stem.conv4.weight": torch.zeros(()), "stages.0.0.conv1.weight": torch.zeros(())}, path)
     refused("nor are its tensors")
     torch.save([1, 2], path)
     refused("no state dict")

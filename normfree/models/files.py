@@ -87,17 +87,14 @@ def _read_timm(path: Path, source: str, overrides: Mapping[str, Any]) -> Weights
     theirs = timm.read_timm(path)
     config = hub.fetch_config(source) if hub.is_hub_uri(source) else None
     try:
-        name = timm.recognise(theirs)
+        name, num_classes, in_channels = timm.recognise(theirs)
         prepared = timm.preparation(name, config)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError):
         raise InputError(f"{source}: its config.json is not one of timm's") from None
     ours, options = timm.ARCHITECTURES[name]
-    num_classes = theirs["head.fc.weight"].shape[0] if "head.fc.weight" in theirs else 0
-    stem = theirs.get("stem.conv1.weight", theirs.get("stem.conv.weight"))
-    assert stem is not None
-    like = _on_meta(ours, num_classes, stem.shape[1], {**options, **overrides})
+    like = _on_meta(ours, num_classes, in_channels, {**options, **overrides})
     state, report = timm.from_timm(theirs, like.state_dict())
     if not report.complete:
         raise InputError(f"{source} does not fit {ours} as timm's {name}: {report}")

@@ -81,15 +81,18 @@ def timm_name(key: str) -> str:
     return key
 
 
-def recognise(state: Mapping[str, Tensor]) -> str:
-    """The name of timm's architecture that has these tensors; InputError if it is none of `ARCHITECTURES`."""
+def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
+    """Name of timm's architecture that has these tensors, its classes and input channels.
+
+    InputError if it is none of `ARCHITECTURES`.
+    """
     blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
     depth = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
     gate = "eca" if any(key.endswith("attn_last.conv.weight") for key in state) else ""
     name = ""
     if "stem.conv4.weight" in state:
         size = depth[0] - 1
-        inner, outer = (state.get(f"stages.0.0.conv{i}.weight", torch.empty(0)).shape[0] for i in (1, 3))
+        inner, outer = (_size(state, f"stages.0.0.conv{i}") for i in (1, 3))
         if any(key.endswith("skipinit_gain") for key in state):
             name = f"dm_nfnet_f{size}"
         else:
@@ -99,11 +102,17 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     elif "stem.conv.weight" in state:
         gate = gate or ("se" if any(".attn_last." in key for key in state) else "")
         name = f"nf_{gate}resnet{_RESNETS.get(depth)}"
-    if name not in ARCHITECTURES:
+    stem = state.get("stem.conv1.weight", state.get("stem.conv.weight"))
+    if name not in ARCHITECTURES or stem is None or stem.ndim != 4:
         raise InputError(
             "it is no file that normfree wrote, nor are its tensors of a normalizer-free network of timm's"
         )
-    return name
+    return name, _size(state, "head.fc"), stem.shape[1]
+
+
+def _size(state: Mapping[str, Tensor], layer: str) -> int:
+    """Its outputs."""
+    return state[f"{layer}.bias"].numel() if f"{layer}.bias" in state else 0
 
 
 def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
