@@ -1,6 +1,6 @@
 """Adaptive gradient clipping and the whole update, against timm and torch: time, calls, and the bound of the memory.
 
-    python benchmarks/agc.py --models nfnet_f0 nfnet_f1 --out benchmarks/results/agc.json --plot docs/images/agc-cost.png
+    python benchmarks/agc.py --models nfnet_f0 nfnet_f1 --out agc.json --plot agc-cost.png
 
 Both sides run in one process, in turn; times are medians. timm is needed.
 """

@@ -74,7 +74,8 @@ def test_output_is_that_of_the_plain_layer_with_the_reference_weight(cls, groups
 def test_the_floor_holds_for_constant_filters(cls):
     layer = cls(4, 6, 3)
     nn.init.constant_(layer.weight, 0.7)
-    assert torch.equal(layer.standardized_weight(), torch.zeros_like(layer.weight))
+    rounding = 0.7 * torch.finfo(torch.float32).eps / 1e-2  # of the mean, over the floor
+    assert layer.standardized_weight().abs().max() <= 2 * rounding
 
 
 @pytest.mark.parametrize(("kernel", "stride", "groups"), [(4, 2, 1), (3, 2, 1), (2, 2, 2), (3, 1, 4), (2, 3, 1)])

@@ -86,17 +86,6 @@ class AGCStats:
         """Tensor (), the largest of `ratios`, 0 without parameters."""
         return self.ratios.max() if self.params else torch.zeros(())
 
-    def __add__(self, other: AGCStats) -> AGCStats:
-        if not self.params or not other.params:
-            return self if self.params else other
-        where = self.clipped.device
-        return AGCStats(
-            self.params + other.params,
-            self.units + other.units,
-            torch.cat([self.clipped, other.clipped.to(where)]),
-            torch.cat([self.ratios, other.ratios.to(where)]),
-        )
-
 
 # --- how one tensor is cut into units ---
 
@@ -280,8 +269,8 @@ def _join_parted(stats: Tensor, pieces: Sequence[Piece]) -> None:
             stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
 
 
-def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> AGCStats:
-    """Clips the gradients of parameters on one device."""
+def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> Tensor:
+    """Clips the gradients of parameters on one device; counts of clipped units and largest ratios, (2, P)."""
     num = len(pieces)
     norms = _norms([piece.weight for piece in pieces], pieces) + _norms([piece.grad for piece in pieces], pieces)
     _join_split(norms, pieces)
@@ -298,32 +287,46 @@ def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tens
     tensor_of_unit = torch.repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(factors.device)
     counts = factors.new_zeros(num).index_add_(0, tensor_of_unit, clipped.to(factors.dtype))
     ratios = factors.new_zeros(num).scatter_reduce_(0, tensor_of_unit, grad_norms / weight_norms, "amax")
-    return make_stats(pieces, counts, ratios)
-
-
-def make_stats(pieces: Sequence[Piece], counts: Tensor, ratios: Tensor) -> AGCStats:
-    """From what this rank found in its part of each parameter."""
-    stats = torch.stack([counts, ratios])
-    _join_parted(stats, pieces)
-    return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *stats)
+    return torch.stack([counts, ratios])
 
 
 def clip_pieces_(
-    pieces: Iterable[Piece], clipping: float, eps: float = 1e-3, grad_scale: Tensor | None = None
-) -> AGCStats:
-    """`adaptive_clip_grad_` for one group: in the native sweep, or where it cannot be by batched operations."""
-    swept: list[tuple[Piece, Item]] = []
-    devices: dict[torch.device, list[Piece]] = {}
-    for piece in pieces:
+    pieces: Sequence[Piece], clipping: float, eps: float = 1e-3, grad_scale: Tensor | None = None
+) -> Tensor:
+    """Clips one group, in the native sweep or where it cannot be by batched operations.
+
+    Returns the counts of clipped units and the largest ratios in what this rank has of each parameter, (2, P).
+    """
+    swept: dict[int, Item] = {}
+    devices: dict[torch.device, list[int]] = {}
+    for i, piece in enumerate(pieces):
         item = None if grad_scale is not None else piece.item(clipping, eps)
         if item is not None:
-            swept.append((piece, item))
+            swept[i] = item
         else:
-            devices.setdefault(piece.param.device, []).append(piece)
-    stats = AGCStats()
+            devices.setdefault(piece.param.device, []).append(i)
+    found, order = [], []
     if swept:
-        stats += make_stats([piece for piece, _ in swept], *sweep([item for _, item in swept]))
-    return sum((_clip(rest, clipping, eps, grad_scale) for rest in devices.values()), stats)
+        found.append(sweep(list(swept.values())))
+        order += swept
+    for members in devices.values():
+        found.append(_clip([pieces[i] for i in members], clipping, eps, grad_scale))
+        order += members
+    return arrange(found, order)
+
+
+def arrange(found: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Columns of all of `found`, of which number k belongs in place order[k]."""
+    if not found:
+        return torch.zeros(2, 0)
+    columns = torch.cat([part.to(found[0].device) for part in found], 1)
+    return columns if sorted(order) == list(order) else columns[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def make_stats(pieces: Sequence[Piece], found: Tensor) -> AGCStats:
+    """From what this rank found; the same parameters in the same order on every rank."""
+    _join_parted(found, pieces)
+    return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *found)
 
 
 def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
@@ -378,15 +381,17 @@ def adaptive_clip_grad_(
         >>> adaptive_clip_grad_(layer.parameters(), clipping=0.01).clipped_fraction
         1.0
     """
-    stats = AGCStats()
+    pieces: list[Piece] = []
+    found: list[Tensor] = []
     for group in as_groups(params_or_groups):
         own = group.get("clipping", clipping), group.get("clip_eps", eps), group.get("units", units)
         check_clipping(*own)
         if own[0] is not None:
             transposed = group.get("transposed", 0)
-            pieces = [piece_of(p, own[2], transposed) for p in group["params"] if p.grad is not None]
-            stats += clip_pieces_(pieces, *own[:2], grad_scale)
-    return stats
+            members = [piece_of(p, own[2], transposed) for p in group["params"] if p.grad is not None]
+            found.append(clip_pieces_(members, *own[:2], grad_scale))
+            pieces += members
+    return make_stats(pieces, arrange(found, range(len(pieces))))
 
 
 class AGC:

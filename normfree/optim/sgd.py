@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.optim.agc import AGCStats, Piece, check_clipping, clip_pieces_, local, make_stats, piece_of
+from normfree.optim.agc import AGCStats, Piece, arrange, check_clipping, clip_pieces_, local, make_stats, piece_of
 from normfree.optim.ema import EMA
 from normfree.optim.sweep import Item, sweep
 
@@ -91,12 +91,13 @@ class SGD_AGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.stats = AGCStats()
-        swept: list[tuple[Piece, Item]] = []
+        pieces: list[Piece] = []  # what is clipped, in an order that is the same on all ranks
+        found, order = [], []
+        swept: list[tuple[int | None, Item]] = []
         averages = {} if ema is None else ema.averages()
         blend = 0.0 if ema is None else 1 - ema.decay_at(ema_step)
         for group in self.param_groups:
-            plain = []
+            plain: list[tuple[Piece, Tensor]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -106,26 +107,29 @@ class SGD_AGC(torch.optim.Optimizer):
                 update = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
                 momentum, average = local(self.state[p]["momentum_buffer"]), averages.get(p)
                 item = piece.item(group["clipping"], group["eps"], m=momentum, e=average, blend=blend, **update)
-                if item is None:
-                    plain.append((piece, momentum))
-                else:
+                if item is not None:
                     averages.pop(p, None)
-                    swept.append((piece, item))
+                    swept.append((None if group["clipping"] is None else len(pieces), item))
+                else:
+                    plain.append((piece, momentum))
+                    order += [] if group["clipping"] is None else [len(pieces)]
+                pieces += [] if group["clipping"] is None else [piece]
             if plain:
-                self._plain_step([piece for piece, _ in plain], [momentum for _, momentum in plain], group)
+                found += self._plain_step([piece for piece, _ in plain], [momentum for _, momentum in plain], group)
         if swept:
-            found = sweep([item for _, item in swept])
-            clipped = [i for i, (_, item) in enumerate(swept) if item.clipping is not None]
-            if clipped:
-                self.stats += make_stats([swept[i][0] for i in clipped], *(figures[clipped] for figures in found))
+            columns = sweep([item for _, item in swept])
+            clipped = [i for i, (place, _) in enumerate(swept) if place is not None]
+            found.append(columns[:, clipped])
+            order += [place for place, _ in swept if place is not None]
         if averages:
             torch._foreach_lerp_(list(averages.values()), [local(p) for p in averages], blend)
+        self.stats = make_stats(pieces, arrange(found, order))
         return loss
 
-    def _plain_step(self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any]) -> None:
-        """By batched operations."""
-        if group["clipping"] is not None:
-            self.stats += clip_pieces_(pieces, group["clipping"], group["eps"])
+    def _plain_step(self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """By batched operations; what `clip_pieces_` found, if it was to clip."""
+        clipping = group["clipping"]
+        found = [] if clipping is None else [clip_pieces_(pieces, clipping, group["eps"])]
         sgd_step_(
             [piece.weight for piece in pieces],
             [piece.grad for piece in pieces],
@@ -135,3 +139,4 @@ class SGD_AGC(torch.optim.Optimizer):
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
         )
+        return found

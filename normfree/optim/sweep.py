@@ -63,23 +63,23 @@ class Item:
             if p.ndim == 4
             else p.ndim == 5 and p.is_contiguous(memory_format=torch.channels_last_3d)
         )
-        return dense and all(t.stride() == p.stride() for t in tensors) and p.numel() > 0
+        return p.numel() == 0 or (dense and all(t.stride() == p.stride() for t in tensors))
 
 
-def sweep(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-    """Carries them out; counts of clipped units and largest ratios, (N,) each. All must fit."""
+def sweep(items: Sequence[Item]) -> Tensor:
+    """Carries them out; counts of clipped units and largest ratios, (2, N). All must fit."""
     rows = []
     for item in items:
         numel = item.p.numel()
-        unit = CHUNK if item.clipping is None else numel if item.whole else numel // item.p.shape[0]
+        unit = CHUNK if item.clipping is None else numel if item.whole else numel // max(1, item.p.shape[0])
         pointers = (0 if t is None else t.data_ptr() for t in (item.p, item.g, item.m, item.e))
         rates = (item.clipping or 0.0, item.eps, item.lr, item.momentum, item.weight_decay, item.blend)
-        rows.append((*pointers, numel, unit, *rates, item.nesterov, 0, 0, 0))
+        rows.append((*pointers, numel, max(1, unit), *rates, item.nesterov, 0, 0, 0))
     table = np.array(rows, ITEM)
     library = load()
     assert library is not None
     library.normfree_sweep(table.ctypes.data, len(items), torch.get_num_threads())
-    return torch.from_numpy(table["clipped"].astype(np.float32)), torch.from_numpy(table["ratio"].astype(np.float32))
+    return torch.from_numpy(np.stack([table["clipped"], table["ratio"]]).astype(np.float32))
 
 
 @functools.cache
