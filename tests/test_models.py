@@ -86,6 +86,15 @@ def test_counts_of_the_older_families(name):
     assert counts(on_meta(name), find_variant(name).eval_px) == COUNTS_2101[name]
 
 
+@pytest.mark.parametrize(("name", "gmacs"), [("nf_regnet_b2", 1.10), ("nf_regnet_b5", 10.56)])
+def test_counts_with_the_released_codes_fractions(name, gmacs):
+    """272 / 32 = 8.5 pixels and 456 / 32 = 14.25: with sides that are not rounded, the published figures."""
+    model, px = on_meta(name), find_variant(name).eval_px
+    small, large = model.count_macs(256), model.count_macs(512)
+    by_area = (large - small) / (512**2 - 256**2)
+    assert round((small + by_area * (px**2 - 256**2)) / 1e9, 2) == gmacs
+
+
 @pytest.mark.parametrize("name", LADDER)
 def test_ablation_ladder_by_overrides(name):
     px = find_variant(name).eval_px
