@@ -120,6 +120,13 @@ class WSConv(nn.modules.conv._ConvNd):
         """Ŵ, the weight that the convolution uses, of the shape of `weight`."""
         return self._standardize(self.weight)
 
+    def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias to use."""
+        weight, bias = self.standardized_weight(), self.bias
+        if output_scale is None:
+            return weight, bias
+        return weight * output_scale, bias if bias is None else bias * output_scale
+
     def _standardize(self, weight: Tensor) -> Tensor:
         """Ŵ for a weight with the output channels first."""
         dims = tuple(range(1, weight.ndim))
@@ -167,9 +174,7 @@ class WSConv2d(WSConv, nn.Conv2d):
 
     def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
         """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
-        weight, bias = self.standardized_weight(), self.bias
-        if output_scale is not None:
-            weight, bias = weight * output_scale, bias if bias is None else bias * output_scale
+        weight, bias = self._scaled(output_scale)
         if self.same:
             return conv2d_same(input, weight, bias, self.stride[0], self.groups)
         return self._conv_forward(input, weight, bias)
@@ -244,13 +249,6 @@ class _WSConvNd(WSConv):
         super().__init__(*args, **kwargs)
         self._add_gain(input_scale, eps)
         self.gain = nn.Parameter(self.weight.detach().new_ones(self.out_channels))  # on the weight's device
-
-    def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias to use."""
-        weight, bias = self.standardized_weight(), self.bias
-        if output_scale is None:
-            return weight, bias
-        return weight * output_scale, bias if bias is None else bias * output_scale
 
 
 class _WSForward(_WSConvNd):
