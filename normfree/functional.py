@@ -263,19 +263,20 @@ def _conv2d_gradients(
     """Those of input, weight and bias that are wanted, each by the fastest way."""
     stride, padding, dilation, groups = geometry
     dx = dweight = None
-    dbias = grad.sum((0, 2, 3)) if wanted[2] else None
     first = not torch.is_grad_enabled()  # else these are to be differentiated again
     if first and _winograd_fits(x, weight, geometry) and native_for(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx = _winograd(grad, weight, None, groups, turned=True) if wanted[0] else None
-        return dx, _winograd_filter_gradient(x, grad, weight, groups) if wanted[1] else None, dbias
-    product = first and wanted[1] and _few_pixels(grad, weight, geometry) and native_for(x, grad, weight)
+        dweight = _winograd_filter_gradient(x, grad, weight, groups) if wanted[1] else None
+        return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None
+    product = first and wanted[1] and _few_pixels(grad, weight, geometry) and native_for(x, grad, weight) is not None
     if wanted[0] or (wanted[1] and not product):
         args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not product, False])
         dx, dweight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *args)
     if product:
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
-        dweight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])).view_as(weight)
+        dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2])
+    else:
+        dbias = grad.sum((0, 2, 3)) if wanted[2] else None
     return dx, dweight, dbias
 
 
@@ -283,7 +284,20 @@ def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any) -> bool:
     """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
     stride, padding, _, groups = geometry
     pointwise = weight[0, 0].numel() == groups == 1 and stride == (1, 1) and padding == (0, 0)
-    return pointwise and grad[:, 0].numel() <= 1200
+    return pointwise and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
+
+
+def _conv1x1_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
+    """dW (out, in, 1, 1) and, if `biased`, the bias's gradient of a 1x1 convolution, in one pass over the pixels."""
+    native = native_for(x, grad, weight)
+    assert native
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
+    native.normfree_conv1x1_filter_gradient(
+        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), None if dbias is None else dbias.data_ptr()),
+        *(grad[:, 0].numel(), weight.shape[1], weight.shape[0], torch.get_num_threads()),
+    )
+    return dweight, dbias
 
 
 def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, bias: Tensor | None = None) -> bool:

@@ -50,8 +50,9 @@ def way(request):
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often the Winograd kernels are called: "forward", "input", "filters"."""
+    """How often the kernels are called: Winograd's "forward", "input", "filters", and "1x1"."""
     calls, convolve, differentiate = Counter(), functional._winograd, functional._winograd_filter_gradient
+    multiply = functional._conv1x1_filter_gradient
 
     def count(*args, turned, **kwargs):
         calls["input" if turned else "forward"] += 1
@@ -61,9 +62,14 @@ def counted() -> Iterator[Counter[str]]:
         calls["filters"] += 1
         return differentiate(*args)
 
+    def count_products(*args):
+        calls["1x1"] += 1
+        return multiply(*args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "_winograd", count)
         patch.setattr(functional, "_winograd_filter_gradient", count_filters)
+        patch.setattr(functional, "_conv1x1_filter_gradient", count_products)
         yield calls
 
 
@@ -383,6 +389,26 @@ def test_winograd(groups, size, out, batch, sides, biased, before, grad_format, 
 @needs_kernels
 @settings(max_examples=60)
 @given(
+    size=CHANNELS,
+    out=st.integers(1, 40),
+    batch=st.integers(1, 7),
+    sides=SIDES,
+    biased=st.booleans(),
+    before=BEFORE,
+    formats=st.lists(st.sampled_from([LAST, LAST, FIRST]), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_filters_of_1x1_convolutions(size, out, batch, sides, biased, before, formats, seed):
+    x = draw(batch, size, *sides, seed=seed, memory_format=formats[0])
+    weight = draw(out, size, 1, 1, seed=seed + 1, memory_format=formats[1])
+    bias = draw(out, seed=seed + 2) if biased else None
+    options = dict(grad_format=formats[2], **activation(before))
+    assert check_conv2d(x, weight, bias, ONE, (0, 0), ONE, 1, **options) == {"1x1": 1}
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(
     groups=st.integers(1, 4),
     size=st.sampled_from([3, 8, 16]),
     out=st.sampled_from([3, 8, 16]),
@@ -618,12 +644,13 @@ def test_what_is_kept(before, pads):
 def test_the_number_of_threads_changes_no_bit():
     """Of sizes that are divided among threads: the sums over tiles are in a fixed number of parts."""
     x, weight, bias = layer(41, 40)
-    wide, gain = draw(40, 48, 3, 3), draw(40)
+    wide, gain, weight1 = draw(40, 48, 3, 3), draw(40), draw(100, 32, 1, 1)
 
     def everything(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         return [
             *derived(conv, x, weight, bias, grad=draw(2, 64, 41, 40, seed=3)),
+            *derived(functional.conv2d, x[..., :24, :24], weight1, grad=draw(2, 100, 24, 24, seed=6)),
             *derived(functional.standardize, wide, gain, grad=draw(40, 48, 3, 3, seed=4)),
             *derived(functional.gelu, x, grad=draw(*x.shape, seed=5)),
         ]
@@ -677,6 +704,8 @@ void normfree_standardize(const float *, const float *, float, float, float, flo
                           float *, float *, int32_t);
 void normfree_standardize_gradient(const float *, const float *, float, const float *, const float *, const float *,
                                    const float *, int64_t, int64_t, float *, float *, int32_t);
+void normfree_conv1x1_filter_gradient(const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
+                                      int32_t);
 void normfree_winograd_filters(const float *, int64_t, int64_t, int64_t, int32_t, float *, int32_t);
 void normfree_winograd(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int32_t);
@@ -714,6 +743,12 @@ int main() {
             normfree_standardize_gradient(w, gain, 1, mean, r, bend, d.drawn(), 3, n, dw, dgain, threads);
             written(out), written(dw), written(dgain);
         }
+        for (int64_t pixels : {1, 130, 700}) for (int64_t in : {16, 80}) for (int64_t out : {1, 6, 200}) {
+            Floats x(pixels * in), dy(pixels * out), dw(out * in), bias(out);
+            normfree_conv1x1_filter_gradient(x.drawn(), dy.drawn(), dw, bias, pixels, in, out, threads);
+            normfree_conv1x1_filter_gradient(x, dy, dw, nullptr, pixels, in, out, threads);
+            written(dw), written(bias);
+        }
         for (int64_t groups : {1, 3}) for (int64_t in : {16, 48}) for (int64_t out : {16, 80})
             for (auto s : std::vector<std::vector<int64_t>>{{1, 1, 1}, {2, 9, 7}, {3, 1, 24}, {3, 24, 13}}) {
                 const int64_t pixels = s[0] * s[1] * s[2] * groups;
@@ -737,7 +772,8 @@ def test_kernels_stay_within_their_memory_and_read_nothing_unset(tmp_path):
     """In a program under the address sanitizer, where memory that nobody has written is not a number."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
-    sources = [Path(normfree.native.__file__).parent / name for name in ("pointwise.cpp", "winograd.cpp")]
+    folder = Path(normfree.native.__file__).parent
+    sources = [folder / name for name in ("pointwise.cpp", "winograd.cpp", "conv1x1.cpp")]
     flags = ["-O1", "-march=native", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     compiler = os.environ.get("CXX", "c++")
     built = subprocess.run([compiler, *flags, source, *sources, "-o", program], capture_output=True, text=True)
@@ -761,6 +797,7 @@ def test_narrower_vectors(processor, monkeypatch, tmp_path):
     def everything() -> list[Tensor]:
         return [
             *derived(conv, *inputs, grad=draw(2, 96, 9, 7, seed=3)),
+            *derived(functional.conv2d, inputs[0], draw(50, 160, 1, 1), grad=draw(2, 50, 9, 7, seed=6)),
             *derived(functional.standardize, *inputs[1:], grad=draw(96, 80, 3, 3, seed=5)),
             *derived(functional.gelu, inputs[0], grad=draw(2, 160, 9, 7, seed=4)),
         ]

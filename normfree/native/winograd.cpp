@@ -6,13 +6,9 @@
 // degrees; that of the filters is G'(V'(AdA'))G. Everything is float32; maps are (N, H, W, C) in memory. All channels
 // of a group are multiples of LANES, at most 16.
 
-#include "vector.h"
+#include "matmul.h"
 
-#include <memory>
 #include <vector>
-
-// Rows and, in vectors, columns of a product that stay in registers.
-constexpr int ROWS = 6, WIDE = LANES == 16 ? 4 : LANES == 8 ? 2 : 3;
 
 constexpr int M = 2, T = 4, PLACES = T * T;
 constexpr int64_t TILES = 36;  // in flight: their transforms stay in the second-level cache
@@ -67,44 +63,6 @@ static inline void both(const Vec *x, Vec *y) {
 #pragma GCC unroll 4
     for (int i = 0; i < OUT; ++i) f(half + i * IN, y + i * OUT);
 }
-
-// c (ROWS, N) = or += a (ROWS, depth) b (depth, N); element (i, k) of a lies at i * a_row + k * a_depth
-template <int N, bool add>
-static inline void product(int64_t depth, const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t ldb,
-                           float *c, int64_t ldc) {
-    Vec sum[ROWS][N];
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < N; ++j) sum[i][j] = add ? get(c + i * ldc + j * LANES) : Vec{};
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec row[N];
-        for (int j = 0; j < N; ++j) row[j] = get(b + k * ldb + j * LANES);
-        for (int i = 0; i < ROWS; ++i) {
-            const float value = a[i * a_row + k * a_depth];
-            for (int j = 0; j < N; ++j) sum[i][j] += value * row[j];
-        }
-    }
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < N; ++j) put(c + i * ldc + j * LANES, sum[i][j]);
-}
-
-// c (rows, columns) from a (rows, depth) and b (depth, columns); rows a multiple of ROWS, columns of LANES
-template <bool add>
-static void matmul(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_depth,
-                   const float *b, int64_t ldb, float *c, int64_t ldc) {
-    for (int64_t j = 0; j < columns;) {
-        const int64_t left = (columns - j) / LANES;
-        for (int64_t i = 0; i < rows; i += ROWS) {
-            const float *at = a + i * a_row;
-            float *to = c + i * ldc + j;
-            if (left >= WIDE) product<WIDE, add>(depth, at, a_row, a_depth, b + j, ldb, to, ldc);
-            else if (left >= 2) product<2, add>(depth, at, a_row, a_depth, b + j, ldb, to, ldc);
-            else product<1, add>(depth, at, a_row, a_depth, b + j, ldb, to, ldc);
-        }
-        j += (left >= WIDE ? WIDE : left >= 2 ? 2 : 1) * LANES;
-    }
-}
-
-using Scratch = std::unique_ptr<float[]>;  // not initialised
 
 struct Map {
     int64_t images, height, width, channels;
@@ -200,7 +158,7 @@ extern "C" void normfree_winograd(const float *x, const float *u, const float *b
 #pragma omp parallel num_threads(threads)
     {
         const std::vector<float> zeros(in);
-        const Scratch v(new float[PLACES * TILES * in]), m(new float[PLACES * TILES * out]);
+        const Scratch v(PLACES * TILES * in), m(PLACES * TILES * out);
         std::fill(v.get(), v.get() + PLACES * TILES * in, 0.0f);  // rows past the last tile are computed, too
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < groups * blocks; ++task) {
@@ -223,11 +181,11 @@ extern "C" void normfree_winograd_filter_gradient(const float *x, const float *d
     const int64_t tiles = from.tiles(), blocks = (tiles + GRADIENT_TILES - 1) / GRADIENT_TILES;
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
     const int64_t parts = std::min(blocks, (16 + groups - 1) / groups);  // whatever the number of threads
-    const Scratch sums(new float[groups * parts * PLACES * padded * in]);
+    const Scratch sums(groups * parts * PLACES * padded * in);
 #pragma omp parallel num_threads(threads)
     {
         const std::vector<float> zeros(std::max(in, out));
-        const Scratch v(new float[PLACES * GRADIENT_TILES * in]), d(new float[PLACES * GRADIENT_TILES * out + ROWS]);
+        const Scratch v(PLACES * GRADIENT_TILES * in), d(PLACES * GRADIENT_TILES * out + ROWS);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < groups * parts; ++task) {
             const int64_t g = task / parts, part = task % parts, first = part * blocks / parts;
