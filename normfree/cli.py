@@ -45,8 +45,8 @@ class Train:
 
     run: RunConfig = field(default_factory=RunConfig)
     recipe: str | None = None
-    """Where the defaults come from: mnist5k, small_images, photos, or a rung of the paper's ladder such as
-    nfnet_f0_baseline; None: what fits the images."""
+    """Where the defaults come from: a recipe of the paper such as nfnet_f0 or nfnet_f0_baseline, or mnist5k; None: they
+    are chosen by the images and the machine, and said."""
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint."""
     out: str | None = None
@@ -55,6 +55,7 @@ class Train:
 
 def train(args: Sequence[str]) -> None:
     options: Train = parse(Train, "train", args)
+    from normfree.recipes.small import reasons_that_hold
     from normfree.tasks import classification
 
     if options.resume is not None:
@@ -64,13 +65,14 @@ def train(args: Sequence[str]) -> None:
         run = parse(Train, "train", args, replace(options, run=load_config(folder / "config.json"))).run
         outcome = classification.resume(folder, run)
     else:
-        run = classification.choose_recipe(options.recipe, options.run.data.path)
-        run = parse(Train, "train", args, replace(options, run=run)).run
+        chosen, reasons = classification.choose_recipe(options.recipe, options.run)
+        run = parse(Train, "train", args, replace(options, run=chosen)).run
         folder = Path(options.out) if options.out else free_run_folder(run)
-        outcome = classification.start(run, folder)
+        outcome = classification.start(run, folder, reasons_that_hold(chosen, run, reasons))
     best = folder / "best.safetensors"
-    top1 = outcome.last["top1"]
-    print(f"validation top-1 {top1:.2f} % at the end, {outcome.best:.2f} % at best (epoch {outcome.best_epoch:.3g})")
+    metric, what = ("balanced", "mean over classes") if "balanced" in outcome.last else ("top1", "top-1")
+    end, best_epoch = outcome.last[metric], f"epoch {outcome.best_epoch:.3g}"
+    print(f"validation {what} {end:.2f} % at the end, {outcome.best:.2f} % at best ({best_epoch})")
     print(f"weights          {best} and {folder / 'last.safetensors'}")
     print(f"predict          normfree predict {best} IMAGE_OR_FOLDER ...")
     print(f"evaluate         {classification.evaluation_command(run, best)}")

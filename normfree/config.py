@@ -144,6 +144,8 @@ class OptimConfig:
     """Share of the batch that decides where uphill is."""
     label_smoothing: float = 0.1
     """Share of the label that is spread over all classes."""
+    balance: float = 0.0
+    """0: classes count by their images; 1: all alike, however few images they have (logit adjustment); or between."""
     ema_decay: float = 0.99999
     """Moving average of the weights, with warm-up; the average is what is evaluated and kept."""
 
@@ -155,7 +157,7 @@ class MachineConfig:
     device: str | None = None
     """cuda, mps or cpu; None: the first of these that is there."""
     workers: int | None = None
-    """Processes that read images; None: one less than the cores, at most 8, and none for packaged sets."""
+    """Processes that read images; None: one less than the cores, at most 8, and none for what fits into memory."""
     eval_every: float = 1.0
     """Epochs between evaluations on the validation images."""
     checkpoint_minutes: float = 5.0
@@ -164,6 +166,8 @@ class MachineConfig:
     """How many of the newest checkpoints stay on disk."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
+    """Weights & Biases project for the numbers of log.jsonl, after `pip install wandb`; None: without."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,7 @@ def validate(run: RunConfig) -> None:
             0 <= o.warmup_epochs < o.epochs or o.steps is not None,
             f"warmup-epochs {o.warmup_epochs}: at least 0 and less than epochs {o.epochs}",
         ),
+        (0 <= o.balance <= 1, f"balance {o.balance}: between 0 and 1"),
         (0 < o.momentum < 1, f"momentum {o.momentum}: between 0 and 1"),
         (o.weight_decay >= 0, f"weight-decay {o.weight_decay}: at least 0"),
         (o.clipping is None or o.clipping > 0, f"clipping {o.clipping}: more than 0, or None"),

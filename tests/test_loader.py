@@ -25,11 +25,14 @@ from normfree.data import (
     Mixing,
     RandAugment,
     TrainTransform,
+    cached,
     eval_batches,
+    fits_in_memory,
     open_evaluation,
     sample_rng,
     train_batches,
 )
+from normfree.data.images import _free_bytes
 
 NUM_IMAGES, BATCH_SIZE = 23, 5
 
@@ -317,6 +320,69 @@ def test_nothing_readable_is_an_error_of_one_line(workers: int, folder: Path) ->
     with pytest.raises(InputError, match=r"cannot read [ab]/\d\d.png nor 20 others .* the file is empty$") as caught:
         stream(images, workers=workers)
     assert "\n" not in str(caught.value)
+
+
+# --- pixels that stay in memory ---
+
+
+@pytest.mark.parametrize("options", [{}, {"channels": 1}, {"mixing": MIXING, "augment": AUGMENT}, {"workers": 2}])
+def test_cached_images_give_the_same_batches(options: dict, folder: Path) -> None:
+    """Over five epochs, with images that cannot be read; the files are read once."""
+    images = open_evaluation(str(folder), ["a", "b"])
+    kept = cached(images, options.get("channels", 3))
+    batches = stream(kept, stop=24, **options)
+    assert_same(batches, stream(images, stop=24, **options))
+    assert {name for batch in batches for name in batch.unreadable} >= {"a/03.png: the file is empty"}
+    if not options.get("workers"):
+        for path in folder.glob("*/*.png"):
+            path.write_bytes(b"")
+        shown = [int(index) for batch in batches for index in batch.indices]
+        assert all(kept.read(index, options.get("channels", 3)) for index in shown)
+
+
+def test_cached_images_are_decoded_as_they_would_be(tmp_path: Path) -> None:
+    """JPEGs at a fraction of their size, where `min_px` allows that; a subset caches for itself."""
+    pixels = np.random.default_rng(2).integers(0, 256, (100, 130, 3), dtype=np.uint8)
+    for number in range(3):
+        Image.fromarray(pixels[number:]).save(tmp_path / f"{number}.jpg", quality=80)
+    paths = ["0.jpg", "1.jpg", "2.jpg"]
+    images = FolderImages(class_names=("a", "b"), targets=[0, 1, 1], root=str(tmp_path), paths=paths, notes=("so",))
+    kept = cached(images, 3, 40)
+    for _ in range(2):
+        for channels, min_px in ((3, 40), (3, None), (1, 40)):
+            assert np.array_equal(kept.read(0, channels, min_px), images.read(0, channels, min_px))
+    assert kept.read(0, 3, 40).size == (65, 50)
+    part = kept.subset([2, 0])
+    assert np.array_equal(part.read(0, 3, 40), images.read(2, 3, 40))
+    assert (part.targets, part.name(1), part.size(1), len(part)) == ([1, 0], "0.jpg", (130, 100), 2)
+    assert (kept.notes, kept.class_names, kept.source(1)) == (("so",), ("a", "b"), images.source(1))
+    assert np.array_equal(kept.order(sample_rng(0, 0, 0)), images.order(sample_rng(0, 0, 0)))
+    there = arrays()
+    assert cached(there) is there
+
+
+def test_what_fits_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 pictures of 3,600 bytes, of which two are unreadable."""
+    images = open_evaluation(str(folder), ["a", "b"])
+    for free, fits in ((2**40, True), (4 * 22 * 3600, True), (4 * 22 * 3600 - 4, False)):
+        monkeypatch.setattr("normfree.data.images._free_bytes", lambda free=free: free)
+        assert fits_in_memory(images) == fits
+    monkeypatch.setattr("normfree.data.images._free_bytes", lambda: float("inf"))
+    pixels = np.broadcast_to(np.uint8(0), (2**30 // 768 + 1, 16, 16, 3))  # one more than a GiB holds
+    names = [""] * len(pixels)
+    many = ArrayImages(class_names=("a",), targets=[0] * len(pixels), pixels=pixels, names=names)
+    assert not fits_in_memory(many)
+    assert fits_in_memory(ArrayImages(class_names=("a",), targets=[0] * 9, pixels=pixels[:9], names=names[:9]))
+    read = []
+    monkeypatch.setattr(ArrayImages, "size", lambda _, index: read.append(index) or (4000, 3000))
+    assert not fits_in_memory(many)
+    assert read == [0]  # of a large data set, which may be far away, no more than that
+
+
+def test_free_memory_is_what_the_system_says() -> None:
+    free = _free_bytes()
+    assert free > 2**20
+    assert os.path.exists("/proc/meminfo") == (free < float("inf"))
 
 
 # --- evaluation ---

@@ -23,7 +23,7 @@ from normfree.data import (
     TrainTransform,
     UnreadableImage,
     find_images,
-    median_short_side,
+    look_at,
     open_dataset,
     open_evaluation,
     read_image,
@@ -591,21 +591,26 @@ def test_find_images(tmp_path: Path) -> None:
     complaint(find_images, [str(tmp_path / "none")], match="none has no images; it is empty")
 
 
-def test_median_short_side(tmp_path: Path) -> None:
+def test_look_at(tmp_path: Path) -> None:
     plant(tmp_path, *numbered("a", 51), side=10)  # short sides 10 to 60
     (tmp_path / "a/000.png").write_bytes(b"")
     images = open_evaluation(str(tmp_path), ["a"])
-    assert median_short_side(images) == 35
-    assert median_short_side(images, sample=3) == 47  # of 0 (unreadable), 25 and 50: 35 and 60
-    assert median_short_side(open_dataset("mnist5k")[0]) == 28
+    assert look_at(images) == (35, False)
+    assert look_at(images, sample=3) == (47, False)  # of 0 (unreadable), 25 and 50: 35 and 60
+    assert look_at(open_dataset("mnist5k")[0]) == (28, True)
+    for path in (tmp_path / "a").glob("*[1-9].png"):
+        Image.open(path).convert("LA").save(path)
+    assert not look_at(images)[1]
+    for path in (tmp_path / "a").glob("*0.png"):
+        if path.stat().st_size:
+            Image.open(path).convert("I;16" if "2" in path.stem else "1").save(path)
+    assert look_at(images) == (35, True)
 
 
-def test_median_short_side_of_nothing_readable(tmp_path: Path) -> None:
+def test_look_at_nothing_readable(tmp_path: Path) -> None:
     plant(tmp_path, "a/0.png", "a/1.png")
     for number in range(2):
         (tmp_path / f"a/{number}.png").write_bytes(b"")
     images = open_evaluation(str(tmp_path), ["a"])
     assert isinstance(images, FolderImages)
-    complaint(
-        median_short_side, images, match="no image of the data set could be read, among them a/1.png: the file is"
-    )
+    complaint(look_at, images, match="no image of the data set could be read, among them a/1.png: the file is")

@@ -6,6 +6,8 @@ from normfree.data.images import (
     FolderImages,
     ImageSet,
     UnreadableImage,
+    cached,
+    fits_in_memory,
     read_image,
 )
 from normfree.data.loader import Batch, eval_batches, train_batches
@@ -16,7 +18,7 @@ from normfree.data.sources import (
     describe_classes,
     find_images,
     has_validation,
-    median_short_side,
+    look_at,
     open_dataset,
     open_evaluation,
 )
@@ -34,11 +36,13 @@ __all__ = [
     "RandAugment",
     "TrainTransform",
     "UnreadableImage",
+    "cached",
     "describe_classes",
     "eval_batches",
     "find_images",
+    "fits_in_memory",
     "has_validation",
-    "median_short_side",
+    "look_at",
     "normalize",
     "open_dataset",
     "open_evaluation",

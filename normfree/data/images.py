@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +27,7 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 # Raster formats only: Pillow would hand an EPS file that calls itself .jpg to a PostScript interpreter.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _MODES = {1: "L", 3: "RGB"}
+_CACHE_BYTES = 2**30
 
 
 class UnreadableImage(Exception):
@@ -141,6 +144,8 @@ class ImageSet(ABC):
     targets: Sequence[int]
     notes: tuple[str, ...] = ()
     """Lines that whoever trains on the images should see."""
+    in_memory: ClassVar[bool] = False
+    """Whether pixels are at hand, so that worker processes would be in the way."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -197,6 +202,7 @@ class ArrayImages(ImageSet):
 
     pixels: np.ndarray
     names: list[str]
+    in_memory = True
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert(_MODES[channels])
@@ -215,6 +221,82 @@ class ArrayImages(ImageSet):
     def subset(self, indices: Sequence[int]) -> Self:
         names, targets = [self.names[i] for i in indices], [self.targets[i] for i in indices]
         return replace(self, pixels=self.pixels[list(indices)], names=names, targets=targets)
+
+
+@dataclass(kw_only=True, eq=False)
+class _CachedImages(ImageSet):
+    images: ImageSet
+    channels: int
+    min_px: int | None
+    pixels: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    in_memory = True
+
+    def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
+        if (channels, min_px) != (self.channels, self.min_px):
+            return self.images.read(index, channels, min_px)
+        if index not in self.pixels:
+            self.pixels[index] = np.asarray(self.images.read(index, channels, min_px))
+        return Image.fromarray(self.pixels[index])
+
+    def source(self, index: int) -> str | bytes:
+        return self.images.source(index)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.images.size(index)
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        return self.images.order(rng)
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        images = self.images.subset(indices)
+        return replace(self, images=images, targets=images.targets)
+
+
+def cached(images: ImageSet, channels: int = 3, min_px: int | None = None) -> ImageSet:
+    """The same images, of which each is decoded when it is first read, and its pixels kept for the next time.
+
+    That is for `read` with this `channels` and `min_px`; with others it decodes anew. Worker processes would each keep
+    the pixels for themselves.
+    """
+    if isinstance(images, ArrayImages):
+        return images
+    return _CachedImages(
+        class_names=images.class_names,
+        targets=images.targets,
+        notes=images.notes,
+        images=images,
+        channels=channels,
+        min_px=min_px,
+    )
+
+
+def fits_in_memory(images: ImageSet, sample: int = 64) -> bool:
+    """Whether the pixels of all take at most 1 GiB and a quarter of the free memory, judged by some of their headers.
+
+    Three bytes a pixel, at full size; `sample` evenly spaced images stand for all.
+    """
+    indices = np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int).tolist()
+    room = min(_CACHE_BYTES, _free_bytes() / 4) * len(indices) / len(images)
+    for index in indices:
+        with contextlib.suppress(UnreadableImage):
+            room -= 3 * math.prod(images.size(index))
+        if room < 0:
+            return False
+    return True
+
+
+def _free_bytes() -> float:
+    """Of main memory, as far as Linux tells: what it calls available, or what a container may take."""
+    free = math.inf
+    with contextlib.suppress(OSError):
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        free = 1024 * float(available[1]) if available else free
+    with contextlib.suppress(OSError, ValueError):  # not a number: "max"
+        free = min(free, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 class Parts(NamedTuple):

@@ -19,6 +19,7 @@ from normfree.data.images import ImageSet, UnreadableImage
 from normfree.data.mixing import Mixing
 from normfree.data.randaugment import RandAugment
 from normfree.data.transforms import sample_rng, to_tensor
+from normfree.native import library
 
 TrainFunction = Callable[[Image.Image, np.random.Generator], Tensor]
 EvalFunction = Callable[[Image.Image], Tensor]
@@ -209,6 +210,8 @@ class _EvalReader(Dataset):
 
 def read_batches(reader: Dataset, keys: Iterable, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """Read the keys of one batch after another, in order, in `workers` processes (0: in this one)."""
+    if workers:
+        library()  # compiled here, once, and not in each worker
     with warnings.catch_warnings():
         # More workers than cores is for the user to choose: it is no fault where reading waits for a disk or network.
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")

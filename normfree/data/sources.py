@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from normfree.config import InputError, nearest
-from normfree.data.images import IMAGE_SUFFIXES, FolderImages, ImageSet, Parts, UnreadableImage, hold_out
+from normfree.data.images import (
+    IMAGE_SUFFIXES,
+    FolderImages,
+    ImageSet,
+    Parts,
+    UnreadableImage,
+    hold_out,
+    open_image,
+)
 from normfree.data.named import DATASET_NAMES, find_named
 from normfree.data.remote import is_remote
 from normfree.data.shards import VALIDATION_WORDS, find_shards, shard_parts
@@ -101,21 +109,24 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def median_short_side(images: ImageSet, sample: int = 64) -> int:
-    """Median short side in pixels over at most `sample` evenly spaced images, from headers where they are files.
+def look_at(images: ImageSet, sample: int = 64) -> tuple[int, bool]:
+    """Median short side in pixels, and whether all are grey, of at most `sample` evenly spaced images.
 
-    Unreadable images are left out; raises `InputError` if not one can be read.
+    By their headers. Unreadable images are left out; raises `InputError` if not one can be read.
     """
     sides: list[int] = []
+    grey = True
     reason = "there are none"
     for index in np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int).tolist():
         try:
-            sides.append(min(images.size(index)))
+            with open_image(images.source(index)) as image:
+                sides.append(min(image.size))
+                grey = grey and (image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"))
         except UnreadableImage as error:
             reason = reason if sides else f"{images.name(index)}: {error.reason}"
     if not sides:
         raise InputError(f"no image of the data set could be read, among them {reason}")
-    return int(np.median(sides))
+    return int(np.median(sides)), grey
 
 
 def _parts(spec: str) -> Parts:

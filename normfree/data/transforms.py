@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 
 from normfree.config import AugmentStyle, InputError
+from normfree.native import library
 
 _CROP_PADDING_PX = 32  # of both of the authors' evaluation crops
 _MIN_OBJECT_COVERED = 0.1
 _KEYS_TABLE_SIZE = 1024
+_KERNEL_IS_PILLOWS = PIL.__version__.startswith("13.")  # others order the passes in another way, or may do so
+_BUFFERS, _CHILDREN = 5, 6  # which words of Arrow's struct ArrowArray
+_POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 Box = tuple[int, int, int, int]
 Taps = tuple[np.ndarray, np.ndarray]
@@ -64,11 +72,11 @@ class TrainTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """(C, px, px) of an L or RGB image of any size: uint8 for `pil`, else float32."""
         box = self.crop_box(image.width, image.height, rng)
+        mirrored = self.flip and rng.random() < 0.5
         if self.style == "pil":
-            pixels = np.asarray(image.resize((self.px, self.px), Image.Resampling.BICUBIC, box=box))
-        else:
-            pixels = _resize_box(image, box, self.px)
-        return to_tensor(pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels)
+            return resample(image, box, self.px, mirrored)
+        pixels = _resize_box(image, box, self.px)
+        return to_tensor(pixels[:, ::-1] if mirrored else pixels)
 
     def crop_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
         """Left, upper, right, lower in whole pixels.
@@ -143,11 +151,11 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """(C, px, px) of an L or RGB image of any size: uint8 for `center`, else float32."""
         if self.crop == "center":
-            return to_tensor(self._center(image))
+            return resample(image, self._center_box(image), self.px)
         return to_tensor(self._resize_crop(image) if self.crop == "resize_crop" else self._crop_resize(image))
 
-    def _center(self, image: Image.Image) -> np.ndarray:
-        """Resize and crop in one step, so that a picture of 10,000 x 1 pixels does not grow on the way."""
+    def _center_box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """What to resize, to resize and crop in one step: a picture of 10,000 x 1 pixels must not grow on the way."""
         short = round(self.px / self.crop_fraction)
         box: list[float] = []
         for side in image.size:
@@ -156,8 +164,7 @@ class EvalTransform:
             box.append(start * side / resized)
             box.append((start + self.px) * side / resized)
         left, right, upper, lower = box
-        size = (self.px, self.px)
-        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=(left, upper, right, lower)))
+        return left, upper, right, lower
 
     def _resize_crop(self, image: Image.Image) -> np.ndarray:
         start, size = _CROP_PADDING_PX // 2, self.px + _CROP_PADDING_PX
@@ -166,6 +173,36 @@ class EvalTransform:
 
     def _crop_resize(self, image: Image.Image) -> np.ndarray:
         return _resize_box(image, _padded_center(image.width, image.height, self.px), self.px)
+
+
+def resample(image: Image.Image, box: tuple[float, float, float, float], px: int, mirrored: bool = False) -> Tensor:
+    """(C, px, px) uint8: the box of an L or RGB image by Pillow's bicubic, by a kernel of ours or by Pillow itself."""
+    native = library() if _KERNEL_IS_PILLOWS and image.mode in ("L", "RGB") else None
+    pixels = _contiguous_pixels(image) if native else None
+    if native is None or pixels is None:
+        array = np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box=box))
+        return to_tensor(array[:, ::-1] if mirrored else array)
+    (width, height), channels = image.size, len(image.getbands())
+    result = torch.empty(channels, px, px, dtype=torch.uint8, device="cpu")
+    columns_first = height - px > max(0, 2 * (width - px))
+    native.normfree_resample(pixels, width, height, channels, *box, px, columns_first, mirrored, result.data_ptr())
+    return result
+
+
+def _contiguous_pixels(image: Image.Image) -> int | None:
+    """Where they are, L or RGB with a fourth byte, by Arrow's C data interface; None for large images, in pieces."""
+    try:
+        _, capsule = image.__arrow_c_array__()
+    except ValueError:
+        return None
+    array = _words(_POINTER(capsule, b"arrow_array"))
+    if image.mode == "RGB":
+        array = _words(_words(array[_CHILDREN])[0])
+    return _words(array[_BUFFERS])[1]
+
+
+def _words(address: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 7).from_address(address)
 
 
 def _padded_center(width: int, height: int, px: int) -> Box:
@@ -227,6 +264,10 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     `mean` and `std` have C numbers in units of the full range.
     """
-    shift = torch.tensor([255 * m for m in mean], dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    scale = torch.tensor([255 * s for s in std], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    shift, scale = _on_device(mean, images.device), _on_device(std, images.device)
     return (images.float() - shift).div_(scale)
+
+
+def _on_device(shares: Sequence[float], device: torch.device) -> Tensor:
+    """255 times each, (C, 1, 1), filled in there: for a copy from the host a GPU would have to be waited for."""
+    return torch.stack([torch.full((1, 1), 255 * share, dtype=torch.float32, device=device) for share in shares])

@@ -1,6 +1,10 @@
-"""Devices."""
+"""Devices and their memory."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+import sys
 
 import torch
 
@@ -20,3 +24,22 @@ def pick_device(name: str | None = None) -> torch.device:
     if index and int(index) >= torch.cuda.device_count():
         raise InputError(f"no device {name!r} here; there are {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
+
+
+def memory_gib(device: torch.device) -> float:
+    """What the device has in all; of a CPU and of what shares its memory, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 8.0
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep what it frees, up to 32 MiB at a time, for its next step, where the C library is glibc.
+
+    Else the maps of every step are fresh pages of the system, each of which it clears first: 4 to 8 % of a step of the
+    small networks on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,10 +35,35 @@ class Accuracy:
     def top5_percent(self) -> float:
         return 100 * self.top5 / max(self.num_images, 1)
 
+    @property
+    def balanced_percent(self) -> float:
+        """Mean over the classes that have images of the share that is right."""
+        images = self.confusion.sum(1)
+        shares = self.confusion.diagonal()[images > 0] / images[images > 0]
+        return 100 * shares.mean().item() if len(shares) else 0.0
+
     def per_class(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
         """(class, images that were right, images) for every class that has images."""
         rows = zip(names, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
         return [row for row in rows if row[2]]
+
+
+def class_table(report: Mapping[str, Mapping[str, int]], most: int = 10) -> list[str]:
+    """Lines with the accuracy of each class, from worst to best; of more than `most` classes half of it at either end.
+
+    `report[name]`: how many images of a class were "right", and how many "images" it has, at least 1.
+    """
+    rows = sorted(report.items(), key=lambda row: row[1]["right"] / row[1]["images"])
+    heads = {0: "classes"}
+    if len(rows) > most:
+        heads = {0: "worst", most // 2: "best"}
+        rows = rows[: most // 2] + rows[-(most // 2) :]
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for i, (name, row) in enumerate(rows):
+        right, images = row["right"], row["images"]
+        lines.append(f"{heads.get(i, ''):<8} {name:<{width}}  {100 * right / images:6.2f} %  {right}/{images}")
+    return lines
 
 
 def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

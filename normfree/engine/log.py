@@ -1,15 +1,20 @@
-"""What a run says: log.jsonl, TensorBoard, and a progress bar or plain lines on the console."""
+"""What a run says: log.jsonl, TensorBoard, wandb, and a progress bar or plain lines on the console."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normfree.config import InputError
 
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
 
@@ -66,11 +71,15 @@ def duration(seconds: float) -> str:
 
 
 class RunLog:
-    """log.jsonl and TensorBoard of one run. Resuming at a step drops what was logged after it."""
+    """log.jsonl, TensorBoard and, where a project is given, wandb. Resuming at a step drops what was logged after it.
 
-    def __init__(self, folder: Path, step: int = 0):
+    wandb keeps what it has and ignores the steps that are taken again; they give the same numbers.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, wandb_project: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
+        self.wandb = None if wandb_project is None else _open_wandb(wandb_project, folder)
         path = folder / "log.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
         path.write_text("".join(kept))
@@ -78,15 +87,43 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One object on one line; numbers also go to TensorBoard as KIND/NAME."""
+        """One object on one line; numbers also go to TensorBoard and wandb as KIND/NAME."""
         self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb is not None and numbers:
+            self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
         self.file.close()
         self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def wandb_init() -> Callable[..., Any]:
+    """`wandb.init`; InputError where the package is not installed."""
+    try:
+        return importlib.import_module("wandb").init
+    except (ImportError, AttributeError):  # a folder called wandb, which wandb makes, is imported as an empty package
+        raise InputError("--wandb needs a package that is not installed: pip install wandb") from None
+
+
+def _open_wandb(project: str, folder: Path) -> Any:
+    """The wandb run of a run folder; the same one when the folder is resumed.
+
+    Its id lies in the folder, since names of folders come again: on another machine, or after one was deleted.
+    """
+    init, id_file = wandb_init(), folder / "wandb.id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8))
+    config = json.loads((folder / "config.json").read_text())
+    name = folder.resolve().name
+    try:
+        return init(project=project, id=id_file.read_text(), resume="allow", name=name, config=config, dir=str(folder))
+    except Exception as error:  # of many kinds: not logged in, no connection, a setting that wandb does not know
+        raise InputError(f"--wandb {project}: {' '.join(str(error).split())}") from None
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from normfree.config import InputError, MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
+from normfree.engine.distributed import keep_freed_memory
 from normfree.engine.log import ProgressBar, RunLog
 from normfree.layers import reuse_weights
 from normfree.optim import EMA, SAM, SGD_AGC, AGCStats, ascent_size
@@ -59,6 +61,10 @@ class Task(Protocol):
         """Figures of the model as it is; "top1" or another `metric` decides which weights are best."""
         ...
 
+    def report(self) -> dict[str, Any]:
+        """The last evaluation in detail, class by class, as JSON; asked for once, at the end of the run."""
+        ...
+
     def save(self, path: Path) -> None:
         """The weight file of the model as it is."""
         ...
@@ -81,12 +87,13 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """The end of a run: figures of the last evaluation, and the best one with its epoch."""
+    """The end of a run: figures of the last evaluation and its report, and the best figure with its epoch."""
 
     last: dict[str, float]
     best: float
     best_epoch: float
     seconds: float
+    report: dict[str, Any]
 
 
 def train(
@@ -111,13 +118,16 @@ def train(
     device = next(model.parameters()).device
     checkpoints = folder / "checkpoints"
 
+    if device.type == "cpu":
+        keep_freed_memory()
+
     # --- where it starts ---
     tensors = _state(model, optimizer, ema)
-    extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}}
+    extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}}
     start = 0
     if resume:
         start, extra = _restore(checkpoints, tensors, extra)
-    log = RunLog(folder, start)
+    log = RunLog(folder, start, machine.wandb)
     bar = ProgressBar("train", plan.total_steps, start)
     for line in extra.pop("damaged", []):
         bar.say(f"warning: {line}")
@@ -134,12 +144,13 @@ def train(
         last_checkpoint = time.monotonic()
 
     # --- the steps ---
+    wait = _Wait()
     sam = SAM(optimizer, plan.sam_rho)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     model.train()
     with _Signals() as signals:
         try:
-            for step, batch in enumerate(task.batches(start, plan.total_steps), start):
+            for step, batch in enumerate(wait.over(task.batches(start, plan.total_steps)), start):
                 torch.manual_seed(seed * 1_000_003 + step)
                 lr = plan.lr_at(step)
                 for group in optimizer.param_groups:
@@ -165,7 +176,8 @@ def train(
                     bar.say(f"warning: {line}")
                 if log_now:
                     now = time.monotonic()
-                    speed = (done - last_log_step) * plan.batch_size / max(now - last_log, 1e-9)
+                    elapsed = max(now - last_log, 1e-9)
+                    speed = (done - last_log_step) * plan.batch_size / elapsed
                     last_log, last_log_step = now, done
                     log.write(
                         "train",
@@ -174,6 +186,8 @@ def train(
                         loss=loss.item(),
                         lr=lr,
                         images_per_s=round(speed, 2),
+                        data_wait=round(wait.restart() / elapsed, 4),
+                        memory_mib=peak_memory_mib(device),
                         clipped_fraction=optimizer.stats.clipped_fraction,
                         max_grad_ratio=optimizer.stats.max_ratio.item(),
                         **_by_stage(optimizer.stats, names),
@@ -202,7 +216,7 @@ def train(
     with ema.applied():
         task.save(folder / "last.safetensors")
     seconds = seconds_before + time.monotonic() - began
-    return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds)
+    return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"])
 
 
 def _add_gradients(task: Task, batch: Any, num_images: int, micro_batch: int | None) -> Tensor:
@@ -230,10 +244,25 @@ def _by_stage(stats: AGCStats, names: Mapping[Tensor, str]) -> dict[str, float]:
     return {stage: clipped[stage] / size for stage, size in sorted(units.items())}
 
 
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory in use so far: by tensors on a CUDA device, else by this process; None on Windows."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # macOS gives bytes, Linux KiB
+
+
 def _evaluate(
     task: Task, ema: EMA, plan: Plan, done: int, extra: dict[str, Any], folder: Path, log: RunLog, bar: ProgressBar
 ) -> None:
-    """Figures of the raw and of the averaged weights; the averaged ones are kept when they are the best so far."""
+    """Figures of the raw and of the averaged weights; the averaged ones are kept when they are the best so far.
+
+    The last evaluation is also reported in detail, before its checkpoint: a run that has the one has the other.
+    """
 
     def show(seen: int, total: int) -> None:
         bar.update(done, f"evaluating {seen}/{total}")
@@ -247,6 +276,9 @@ def _evaluate(
             task.save(folder / "best.safetensors")
     extra["last"] = averaged
     log.write("eval", done, epoch=epoch, **averaged, **{f"raw_{name}": value for name, value in raw.items()})
+    if done == plan.total_steps:
+        extra["report"] = task.report()
+        log.write("classes", done, classes=extra["report"])
     figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.2f}" for k, v in averaged.items())
     bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.2f})")
 
@@ -274,7 +306,7 @@ def _restore(checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, 
         manifest = load_checkpoint(path, tensors)
     except DamagedCheckpoint as reason:
         raise InputError(f"checkpoint {path} cannot be used: {reason}") from None
-    return manifest["step"], manifest["extra"] | {"damaged": damaged}
+    return manifest["step"], extra | manifest["extra"] | {"damaged": damaged}
 
 
 def _bad_output(task: Task, batch: Any) -> str:
@@ -309,6 +341,26 @@ def _diverged(what: str, step: int, lr: float) -> Diverged:
         f"step {step}: {what} is not finite at learning rate {lr:.3g}. Lower --lr, lengthen --warmup-epochs or lower "
         "--clipping; the last checkpoint is from before"
     )
+
+
+class _Wait:
+    """The seconds that the loop waits for its batches."""
+
+    seconds = 0.0
+
+    def over(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.seconds += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def restart(self) -> float:
+        """Seconds since the last restart."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class _Signals:

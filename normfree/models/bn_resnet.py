@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,11 @@ from normfree.models.network import (
     Stage,
     check_four,
     check_rates,
+    check_stem,
     conv_macs,
     same_avg_pool,
 )
+from normfree.models.nfnet import SMALL_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class NFNetVariant:
     drop_rate: float
     train_px: int
     eval_px: int
-    published: str
+    published: str = ""
     width: Four = (256, 512, 1536, 1536)
+    group_width: int = 128
+    stem_channels: tuple[int, ...] = (16, 32, 64)
+    stem_strides: tuple[int, ...] = (2, 1, 1, 2)
 
 
 RESNET_VARIANTS: dict[str, ResNetVariant] = {
@@ -58,6 +64,21 @@ NFNET_VARIANTS: dict[str, NFNetVariant] = {
     "bn_nfnet_f1": NFNetVariant((2, 4, 12, 6), 0.3, 224, 320, "84.4 % (paper)"),
     "bn_nfnet_f2": NFNetVariant((3, 6, 18, 9), 0.4, 256, 352, "85.1 % (paper)"),
     "bn_nfnet_f3": NFNetVariant((4, 8, 24, 12), 0.4, 320, 416, "85.5 % (paper)"),
+}
+# The twins of our small networks.
+NFNET_VARIANTS |= {
+    f"bn_{name}": NFNetVariant(
+        small.depth,
+        small.drop_rate,
+        small.train_px,
+        small.eval_px,
+        width=small.width,
+        group_width=small.group_width,
+        stem_channels=small.stem_channels,
+        stem_strides=small.stem_strides,
+    )
+    for name in ("nfnet_nano", "nfnet_micro")
+    for small in (SMALL_VARIANTS[name],)
 }
 
 
@@ -218,21 +239,24 @@ class BNNFNet(Network):
         stochastic_depth: float = 0.25,
         activation: str = "gelu",
         group_width: int = 128,
+        stem_channels: Sequence[int] = (16, 32, 64),
+        stem_strides: Sequence[int] = (2, 1, 1, 2),
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
         check_four(width=width, depth=depth)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
+        check_stem(stem_channels, stem_strides)
         self.stem = nn.Sequential()
-        channels = in_channels
-        for i, (out, stride) in enumerate(zip((16, 32, 64, width[0] // 2), (2, 1, 1, 2), strict=True)):
+        channels, reduction = in_channels, math.prod(stem_strides)
+        for i, (out, stride) in enumerate(zip((*stem_channels, width[0] // 2), stem_strides, strict=True)):
             if i:
                 self.stem.add_module(f"act{i}", BNAct(channels, activation))
             self.stem.add_module(f"conv{i}", SameConv2d(channels, out, 3, stride))
             channels = out
-        self.feature_tap = "stem.conv2"
-        taps = [dict(num_chs=64, reduction=2, module=self.feature_tap)]
+        self.feature_tap = f"stem.conv{len(stem_channels) - 1}"
+        taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
         self.stages = nn.Sequential()
         index = 0
         for stage in range(4):
@@ -243,7 +267,7 @@ class BNNFNet(Network):
                 blocks.append(BNNFNetBlock(channels, width[stage], group_width, stride, activation, rate))
                 channels, index = width[stage], index + 1
             self.stages.append(blocks)
-            taps.append(dict(num_chs=channels, reduction=4 * 2**stage, module=f"stages.{stage}"))
+            taps.append(dict(num_chs=channels, reduction=reduction * 2**stage, module=f"stages.{stage}"))
         taps[-1] |= dict(num_chs=2 * channels, module="final_conv")
         self.feature_info = FeatureInfo(taps)
         self.final_conv = SameConv2d(channels, 2 * channels, 1)

@@ -296,6 +296,11 @@ def check_padding(padding: str) -> None:
         raise InputError(f'padding {padding!r}: "same" or "symmetric"')
 
 
+def check_stem(channels: Sequence[int], strides: Sequence[int]) -> None:
+    if not channels or len(strides) != len(channels) + 1:
+        raise InputError("stem_strides has one number more than stem_channels; the last is for width[0] / 2 channels")
+
+
 def check_rates(**options: float) -> None:
     """InputError unless each option lies in [0, 1)."""
     for name, rate in options.items():

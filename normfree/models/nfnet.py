@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normfree.config import Four, InputError
+from normfree.config import Four
 from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
     Block,
@@ -22,6 +22,7 @@ from normfree.models.network import (
     check_four,
     check_padding,
     check_rates,
+    check_stem,
     conv_macs,
     make_skip_gain,
     same_avg_pool,
@@ -59,9 +60,9 @@ VARIANTS |= {
 }
 # Ours, sized for CPUs: 28 to 64 px and 64 to 128 px. They start with open branches: a run of a few thousand steps is
 # over before AGC, which holds a parameter at 0 to gradients of λ * ε, has let the SkipInit gains grow (docs/log.md).
-VARIANTS |= {
+SMALL_VARIANTS: dict[str, Variant] = {
     "nfnet_nano": Variant(
-        (1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 32, stem_channels=(16,), stem_strides=(1, 2), skip_init=1.0
+        (1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 128, stem_channels=(16,), stem_strides=(1, 2), skip_init=1.0
     ),
     "nfnet_micro": Variant(
         (1, 2, 4, 2),
@@ -75,6 +76,7 @@ VARIANTS |= {
         skip_init=1.0,
     ),
 }
+VARIANTS |= SMALL_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,7 @@ class NFNet(Network):
         super().__init__()
         check_four(width=width, depth=depth, bottleneck_width=bottleneck_width)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
-        if not stem_channels or len(stem_strides) != len(stem_channels) + 1:
-            raise InputError(
-                "stem_strides has one number more than stem_channels; the last is for width[0] / 2 channels"
-            )
+        check_stem(stem_channels, stem_strides)
         check_padding(padding)
         self.act = Activation(activation)
         gamma = self.act.gamma

@@ -266,6 +266,11 @@ def _join_parted(stats: Tensor, pieces: Sequence[Piece]) -> None:
             stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
 
 
+def _parts(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Vectors of these sizes, or of a 0 in place of nothing."""
+    return [part if len(part) else values.new_zeros(1) for part in values.split(list(sizes))]
+
+
 def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> Tensor:
     """Clips the gradients of parameters on one device; counts of clipped units and largest ratios, (2, P)."""
     num = len(pieces)
@@ -287,10 +292,10 @@ def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tens
     spread = [piece.cut.spread(part, piece.grad.ndim) for piece, part in zip(pieces, factors.split(sizes), strict=True)]
     torch._foreach_mul_(grads, spread)
 
-    tensor_of_unit = torch.repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(factors.device)
-    counts = factors.new_zeros(num).index_add_(0, tensor_of_unit, clipped.to(factors.dtype))
-    ratios = factors.new_zeros(num).scatter_reduce_(0, tensor_of_unit, grad_norms / weight_norms, "amax")
-    return torch.stack([counts, ratios])
+    # sums and maxima of each tensor's units as norms: an index would have to be copied to the device, and waited for
+    ratios = _parts(grad_norms / weight_norms, sizes)
+    counts = torch._foreach_norm(_parts(clipped.to(factors.dtype), sizes), 1)
+    return torch.stack([torch.stack(counts), torch.stack(torch._foreach_norm(ratios, math.inf))])
 
 
 def clip_pieces_(

@@ -1,4 +1,4 @@
-"""Exponential moving average of the parameters."""
+"""Exponential moving average of the parameters, and of running statistics."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from normfree.optim.agc import is_sharded, local
 class EMA:
     """ema <- d * ema + (1 - d) * parameter after each step t = 0, 1, ..., with d = min(decay, (1 + t) / (10 + t)).
 
-    Starts as a copy of the parameters; the warm-up of d lets them go (released code: utils.py, tf1_ema). Parameters
-    only: a normalizer-free network has no other state.
+    Starts as a copy of the parameters; the warm-up of d lets them go (released code: utils.py, tf1_ema). A batch
+    normalization's running statistics are averaged with them: those of today do not fit the weights of long ago.
 
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> torch.nn.init.zeros_(model.weight).item()
@@ -36,7 +36,8 @@ class EMA:
         if not 0 <= decay < 1:
             raise InputError(f"EMA decay {decay}: a number in [0, 1); the paper's is 0.99999")
         self.decay = decay
-        self.params = dict(model.named_parameters())
+        self.params: dict[str, Tensor] = dict(model.named_parameters())
+        self.params |= {name: b for name, b in model.named_buffers() if b.is_floating_point()}
         self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
 
     def decay_at(self, step: int) -> float:

@@ -7,7 +7,5 @@ from normfree.recipes import imagenet, small
 
 RECIPES: dict[str, Callable[[str], RunConfig]] = {
     "mnist5k": small.mnist5k,
-    "small_images": small.small_images,
-    "photos": small.photos,
     **imagenet.RECIPES,
 }

@@ -1,8 +1,136 @@
-"""Recipes for one's own images on one machine: what `normfree train` uses when nothing else is said."""
+"""What `normfree train DATA` uses when nothing is said: a run chosen by the images and by the machine.
+
+The rules come from measurements on two CPU cores, which docs/recipes.md keeps with the choices that lost.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
 from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+
+UNEVEN = 10  # largest class over smallest from which on classes are balanced
+_SYMBOLS = frozenset("0123456789abcdefghijklmnopqrstuvwxyz") | {"left", "right"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the choice depends on of a data set. `short_px`: median short side; `grey`: none of them has colours.
+
+    `unevenness`: images of the largest class over those of the smallest.
+    """
+
+    num_train: int
+    class_names: tuple[str, ...]
+    short_px: int
+    grey: bool
+    unevenness: float = 1.0
+
+    @property
+    def are_symbols(self) -> bool:
+        """Whether a mirrored image may be of another class, or of none: digits, letters, left and right."""
+        first = [name.lower().split(" ")[0] for name in self.class_names]  # torchvision has "3 - three"
+        return all(name in _SYMBOLS for name in first) or {"left", "right"} <= set(first)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device ("cpu", "cuda" or "mps") and the GiB of memory that it has."""
+
+    device: str
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why the options of these names are what they are."""
+
+    options: tuple[str, ...]
+    text: str
+
+
+def choose(path: str, images: Images, machine: Machine) -> tuple[RunConfig, tuple[Reason, ...]]:
+    """The run for these images on this machine, and why it is so."""
+    small = images.short_px < 64
+    large = not small and machine.device == "cuda" and images.num_train >= 50_000 and images.short_px >= 160
+    choice = _large_photos(machine) if large else _small_images(images) if small else _photos(images, machine)
+    model, data, optim, reasons = choice
+    colours = "grey" if images.grey else "in colour"
+    why = f"{images.num_train} images {colours}, short side {images.short_px} px, on {machine.device}"
+    reasons = (Reason(("model", "train_px", "eval_px"), f"{model.model} at {data.train_px} px: {why}"), *reasons)
+    model = replace(model, in_channels=1 if images.grey else 3)
+    data = replace(data, path=path)
+    if images.are_symbols:
+        data = replace(data, flip=False)
+        reasons += (Reason(("flip",), "nothing mirrored: the classes are called like digits, letters or sides"),)
+    if images.unevenness >= UNEVEN:
+        optim = replace(optim, balance=1.0)
+        text = f"classes count alike: the largest has {images.unevenness:.0f} times the images of the smallest"
+        reasons += (Reason(("balance",), text),)
+    return RunConfig(model, data, optim), reasons
+
+
+Choice = tuple[ModelConfig, DataConfig, OptimConfig, tuple[Reason, ...]]
+
+
+def _small_images(images: Images) -> Choice:
+    """Up to 63 px: `nfnet_nano`, without dropout and stochastic depth, whose runs are too short to need them."""
+    px = max(28, -(-images.short_px // 4) * 4)
+    epochs = _between(10 if images.grey else 28, 300_000 / images.num_train, 60)
+    optim, reasons = _optim(images, epochs, weight_decay=2e-4)
+    return (
+        ModelConfig("nfnet_nano", drop_rate=0.0, stochastic_depth=0.0),
+        DataConfig(train_px=px, eval_px=px, min_area=0.6),
+        optim,
+        reasons,
+    )
+
+
+def _photos(images: Images, machine: Machine) -> Choice:
+    """From 64 px up: `nfnet_micro`, trained smaller than it is evaluated, as the paper does."""
+    eval_px = min(images.short_px // 16 * 16, 160 if machine.device == "cuda" else 112)
+    train_px = max(48, round(eval_px * 0.72 / 16) * 16)
+    optim, reasons = _optim(images, _between(15, 100_000 / images.num_train, 120))
+    return ModelConfig("nfnet_micro"), DataConfig(train_px=train_px, eval_px=eval_px, min_area=0.25), optim, reasons
+
+
+def _large_photos(machine: Machine) -> Choice:
+    """The paper's F0 with a third of its epochs, for 50,000 photographs and more on a GPU. Not measured."""
+    micro_batch = None if machine.memory_gib >= 30 else 64
+    optim = OptimConfig(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08)
+    data = DataConfig(train_px=192, eval_px=256, mixup=0.2, cutmix=1.0, randaugment_layers=4)
+    return ModelConfig("nfnet_f0"), data, optim, (Reason(("epochs",), "90 epochs, a quarter of the paper's 360"),)
+
+
+def _optim(images: Images, epochs: int, weight_decay: float = 2e-5) -> tuple[OptimConfig, tuple[Reason, ...]]:
+    """Batches that make at least some hundred steps an epoch; learning rate and λ grow with them."""
+    size, lr, clipping = (128, 0.3, 0.1) if images.num_train >= 20_000 else (32, 0.1, 0.04)
+    size = min(size, max(2, images.num_train // 8))
+    optim = OptimConfig(epochs=epochs, batch_size=size, lr=lr, clipping=clipping, weight_decay=weight_decay)
+    return optim, (
+        Reason(("batch_size", "lr", "clipping"), f"batches of {size}, learning rate {lr:g}, λ {clipping:g}"),
+        Reason(("epochs",), f"{epochs} epochs: {round(epochs * images.num_train / 1000)} thousand images seen"),
+    )
+
+
+def _between(low: int, value: float, high: int) -> int:
+    return round(min(max(value, low), high))
+
+
+def reasons_that_hold(chosen: RunConfig, run: RunConfig, reasons: tuple[Reason, ...]) -> list[str]:
+    """The texts of those whose options `run` has as they were chosen."""
+    before, now = _values(chosen), _values(run)
+    return [reason.text for reason in reasons if all(before[name] == now[name] for name in reason.options)]
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Every option of a run by its name, which no two parts share."""
+    values: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values |= _values(value) if is_dataclass(value) else {field.name: value}
+    return values
 
 
 def mnist5k(path: str = "mnist5k") -> RunConfig:
@@ -11,26 +139,4 @@ def mnist5k(path: str = "mnist5k") -> RunConfig:
         ModelConfig("nfnet_nano"),
         DataConfig(path, train_px=28, eval_px=28, min_area=0.8, flip=False),
         OptimConfig(epochs=8, batch_size=32, lr=0.05, clipping=0.04),
-    )
-
-
-def small_images(path: str) -> RunConfig:
-    """Photographs up to about 64 px on their short side: `nfnet_nano` at 32 px."""
-    return RunConfig(
-        ModelConfig("nfnet_nano"),
-        DataConfig(path, train_px=32, eval_px=32, min_area=0.25),
-        OptimConfig(epochs=30, batch_size=64, lr=0.1, clipping=0.04),
-    )
-
-
-def photos(path: str) -> RunConfig:
-    """Photographs from 64 px up: `nfnet_micro`, trained at 80 px and evaluated at 112 px.
-
-    clothing-128 (3,068 photographs, 10 classes): 82.4 % of the 341 validation images, and 83.9 % with sums rounded in
-    another order, in 11:30 to 13:00 on two cores of an AMD EPYC.
-    """
-    return RunConfig(
-        ModelConfig("nfnet_micro"),
-        DataConfig(path, train_px=80, eval_px=112, min_area=0.25),
-        OptimConfig(epochs=30, batch_size=32, lr=0.1, clipping=0.04),
     )

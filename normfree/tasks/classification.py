@@ -6,7 +6,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,31 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.config import InputError, RunConfig, load_config, nearest, save_config, validate
+from normfree.config import DataConfig, InputError, RunConfig, load_config, nearest, save_config, validate
 from normfree.data import (
     DATASET_NAMES,
-    ArrayImages,
     Batch,
     EvalTransform,
     ImageSet,
     Mixing,
     RandAugment,
     TrainTransform,
+    cached,
     eval_batches,
+    fits_in_memory,
     has_validation,
-    median_short_side,
+    look_at,
     open_dataset,
     open_evaluation,
     train_batches,
 )
 from normfree.engine.checkpoint import check_free, new_run_folder
-from normfree.engine.distributed import pick_device
-from normfree.engine.evaluate import Accuracy, autocast, evaluate, prepare
-from normfree.engine.log import ProgressBar
+from normfree.engine.distributed import memory_gib, pick_device
+from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare
+from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, load, save
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
+from normfree.recipes.small import Images, Machine, Reason, choose
 from normfree.weights import ModelInfo
 
 EVAL_BATCH = 64
@@ -54,12 +58,17 @@ class Classification:
     validation_set: ImageSet
     run: RunConfig
     device: torch.device
+    log_priors: Tensor | None = None  # (K,), times the option `balance`
     _said: set[str] = field(default_factory=set)
     _unreadable: int = 0
+    _last: Accuracy | None = None
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        data = self.run.data
-        transform = TrainTransform(self.info.train_px, data.min_area, flip=data.flip, style=data.crop_style)
+    @property
+    def workers(self) -> int:
+        return pick_workers(self.run.machine.workers, self.train_set)
+
+    def batches(self, start_step: int, stop_step: int, workers: int | None = None) -> Iterator[Batch]:
+        data, transform = self.run.data, train_transform(self.run.data, self.info)
         layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
         return train_batches(
             self.train_set,
@@ -68,7 +77,7 @@ class Classification:
             seed=self.run.seed,
             start_step=start_step,
             stop_step=stop_step,
-            workers=pick_workers(self.run.machine.workers, self.train_set),
+            workers=self.workers if workers is None else workers,
             channels=self.info.in_channels,
             min_px=transform.min_px,
             mixing=Mixing(data.mixup, data.cutmix) if data.mixup or data.cutmix else None,
@@ -80,7 +89,10 @@ class Classification:
         images = prepare(batch.images, self.info.mean, self.info.std, self.device)
         with autocast(self.device, self.run.precision):
             logits = self.model(images)
-        return smoothed_cross_entropy(logits.float(), batch, self.run.optim.label_smoothing)
+        logits = logits.float()
+        if self.log_priors is not None:  # logit adjustment: Menon et al. 2020, arXiv 2007.07314
+            logits = logits + self.log_priors
+        return smoothed_cross_entropy(logits, batch, self.run.optim.label_smoothing)
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         fields = {name: field[start:stop] for name, field in batch._asdict().items() if isinstance(field, Tensor)}
@@ -102,10 +114,12 @@ class Classification:
         accuracy = evaluate_images(
             self.model, self.info, self.validation_set, self.device, workers, self.run.precision, show
         )
+        self._last = accuracy
         for line in self._new(accuracy.unreadable):
             print(f"warning: not counted: {line}", file=sys.stderr)
         figures = {"top1": accuracy.top1_percent}
         figures |= {"top5": accuracy.top5_percent} if self.info.num_classes > 5 else {}
+        figures |= {"balanced": accuracy.balanced_percent} if self.run.optim.balance else {}
         return figures | ({"unreadable": len(accuracy.unreadable)} if accuracy.unreadable else {})
 
     def _new(self, lines: Iterable[str]) -> list[str]:
@@ -114,8 +128,21 @@ class Classification:
         self._said.update(new)
         return new
 
+    def report(self) -> dict[str, dict[str, int]]:
+        """Of each class, how many images the last evaluation got right, and of how many."""
+        rows = self._last.per_class(self.info.class_names) if self._last else []
+        return {name: {"right": right, "images": images} for name, right, images in rows}
+
     def save(self, path: Path) -> None:
         save(self.model, path, self.info)
+
+
+def train_transform(data: DataConfig, info: ModelInfo) -> TrainTransform:
+    return TrainTransform(info.train_px, data.min_area, flip=data.flip, style=data.crop_style)
+
+
+def eval_transform(info: ModelInfo) -> EvalTransform:
+    return EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
 
 
 def smoothed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
@@ -138,7 +165,7 @@ def pick_workers(workers: int | None, images: ImageSet) -> int:
     """Reading processes: none for images that are in memory, else a core is left for the network."""
     if workers is not None:
         return workers
-    return 0 if isinstance(images, ArrayImages) else min(8, max(1, (os.cpu_count() or 2) - 1))
+    return 0 if images.in_memory else min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
 def evaluate_images(
@@ -151,7 +178,7 @@ def evaluate_images(
     show: Callable[[int, int], None] = lambda seen, total: None,
 ) -> Accuracy:
     """Accuracy of `model` on `images`, prepared as `info` says; `show(seen, total)` is told of the progress."""
-    transform = EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
+    transform = eval_transform(info)
     batches = eval_batches(
         images, transform, batch_size=EVAL_BATCH, workers=workers, channels=info.in_channels, min_px=transform.min_px
     )
@@ -169,21 +196,28 @@ def source_of(path: str) -> str:
     return f"normfree train {Path(path).name}"
 
 
-def choose_recipe(name: str | None, path: str) -> RunConfig:
-    """The recipe called `name`, or the one that fits the images at `path`."""
+def choose_recipe(name: str | None, run: RunConfig) -> tuple[RunConfig, tuple[Reason, ...]]:
+    """The recipe called `name`, or what suits the images of `run` and the machine, and why."""
+    path = run.data.path
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
-    if name is None:
-        if path in DATASET_NAMES and path in RECIPES:  # a packaged set has a recipe of its own name
-            name = path
-        else:
-            name = "small_images" if median_short_side(open_dataset(path)[0]) < 64 else "photos"
-    return RECIPES[name](path)
+    if name is None and path in DATASET_NAMES and path in RECIPES:  # a packaged set has a recipe of its own name
+        name = path
+    if name is not None:
+        return RECIPES[name](path), ()
+    images, _ = open_dataset(path, validation_fraction=run.data.validation_fraction, seed=run.seed)
+    counts = Counter(images.targets)
+    short_px, grey = look_at(images)
+    seen = Images(len(images), images.class_names, short_px, grey, max(counts.values()) / min(counts.values()))
+    device = pick_device(run.machine.device)
+    return choose(path, seen, Machine(device.type, memory_gib(device)))
 
 
 def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     """Everything that the loop needs, from the configuration alone."""
     validate(run)
+    if run.machine.wandb is not None:
+        wandb_init()
     device = pick_device(run.machine.device)
     train_set, validation_set = open_dataset(
         run.data.path, validation_fraction=run.data.validation_fraction, seed=run.seed
@@ -208,7 +242,13 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         source=source_of(run.data.path),
     )
     model = model.to(device).to(memory_format=torch.channels_last)
-    task = Classification(model, info, train_set, validation_set, run, device)
+    log_priors = _log_priors(train_set, o.balance, device)
+    if device.type == "cpu" and run.machine.workers is None:  # processes that read would take cores from the network
+        if fits_in_memory(train_set):
+            train_set = cached(train_set, info.in_channels, train_transform(run.data, info).min_px)
+        if fits_in_memory(validation_set):
+            validation_set = cached(validation_set, info.in_channels, eval_transform(info).min_px)
+    task = Classification(model, info, train_set, validation_set, run, device, log_priors)
 
     optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
     steps_per_epoch = len(train_set) / o.batch_size
@@ -230,6 +270,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         o.batch_size,
         steps_per_epoch,
         lr_at,
+        metric="balanced" if o.balance else "top1",
         micro_batch=o.micro_batch,
         sam_rho=o.sam_rho,
         sam_fraction=o.sam_fraction,
@@ -237,15 +278,25 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     return task, optimizer, EMA(model, o.ema_decay), plan
 
 
-def start(run: RunConfig, folder: Path) -> Outcome:
-    """Trains in a new run folder. Everything that can be wrong is found before the folder is made."""
+def _log_priors(images: ImageSet, balance: float, device: torch.device) -> Tensor | None:
+    """balance * log(share of each class), (K,); None without balance."""
+    if not balance:
+        return None
+    counts = torch.bincount(torch.tensor(images.targets), minlength=len(images.class_names))
+    return balance * (counts.clamp(min=1) / len(images)).log().to(device)
+
+
+def start(run: RunConfig, folder: Path, chosen: Sequence[str] = ()) -> Outcome:
+    """Trains in a new run folder. Everything that can be wrong is found before the folder is made.
+
+    `chosen`: lines that say why options are what they are, where the user has not said so.
+    """
     check_free(folder)
     task, optimizer, ema, plan = build(run)
     new_run_folder(folder)
-    print(describe(task, plan, folder), file=sys.stderr)
     save_config(run, folder / "config.json")
     try:
-        return train(task, optimizer, ema, plan, run.machine, folder, run.seed)
+        return _train(task, optimizer, ema, plan, folder, chosen)
     except InputError:
         if not (folder / "checkpoints").exists():  # nothing has come of it, and the name is wanted again
             shutil.rmtree(folder)
@@ -259,8 +310,46 @@ def resume(folder: Path, run: RunConfig | None = None) -> Outcome:
     if replace(run, machine=saved.machine) != saved:
         raise InputError(f"--resume goes on with {folder} as it was configured; only the machine options may change")
     task, optimizer, ema, plan = build(run)
-    print(describe(task, plan, folder), file=sys.stderr)
-    return train(task, optimizer, ema, plan, run.machine, folder, run.seed, resume=True)
+    return _train(task, optimizer, ema, plan, folder, resume=True)
+
+
+def _train(
+    task: Classification,
+    optimizer: SGD_AGC,
+    ema: EMA,
+    plan: Plan,
+    folder: Path,
+    chosen: Sequence[str] = (),
+    resume: bool = False,
+) -> Outcome:
+    """The run, with what it is about to do before it and its classes after it, on standard error."""
+    print(*(f"chosen   {line}" for line in chosen), describe(task, plan, folder), sep="\n", file=sys.stderr)
+    if not resume:
+        print(f"time     about {duration(estimated_seconds(task, plan))}", file=sys.stderr)
+    outcome = train(task, optimizer, ema, plan, task.run.machine, folder, task.run.seed, resume)
+    for line in class_table(outcome.report):
+        print(line, file=sys.stderr)
+    return outcome
+
+
+def estimated_seconds(task: Classification, plan: Plan) -> float:
+    """How long the run will take, from two passes of a first batch through the network, which change nothing."""
+    began = time.monotonic()
+    batch = next(task.batches(0, 1, workers=0))
+    reading = time.monotonic() - began
+    size, workers = plan.micro_batch or plan.batch_size, task.workers
+    task.model.eval()  # batch normalization and random numbers stay as they are
+    seconds = 0.0
+    for _ in range(2):  # of which the first is for kernels to be compiled and memory to be found
+        began = time.monotonic()
+        task.loss(task.part(batch, 0, size)).backward()
+        task.model.zero_grad(set_to_none=True)
+        if task.device.type == "cuda":
+            torch.cuda.synchronize(task.device)
+        seconds = (time.monotonic() - began) * plan.batch_size / size
+    step = max(seconds, reading / workers) if workers else seconds + reading
+    evaluations = len(plan.eval_steps) * 2 * len(task.validation_set) / plan.batch_size
+    return step * (plan.total_steps * (1 + bool(plan.sam_rho) * plan.sam_fraction) + evaluations / 3)
 
 
 def describe(task: Classification, plan: Plan, folder: Path) -> str:

@@ -1,0 +1,124 @@
+"""What `normfree train DATA` chooses, beside the twin with batch normalization and clipping of the whole gradient.
+
+    python experiments/small_images/run.py DATA                        # as `normfree train DATA`
+    python experiments/small_images/run.py DATA --twin                 # batch normalization, nothing clipped
+    python experiments/small_images/run.py DATA --max-norm 1           # the norm of all gradients clipped, not AGC
+    python experiments/small_images/run.py DATA --set lr=0.1 epochs=4  # another choice
+    python experiments/small_images/run.py --table                     # the results as a table
+
+Everything else is as chosen. Results go to results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfree.config import RunConfig
+from normfree.engine.loop import train
+from normfree.tasks.classification import build, choose_recipe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def configure(args: argparse.Namespace) -> RunConfig:
+    start = RunConfig()
+    run, _ = choose_recipe(None, replace(start, data=replace(start.data, path=args.data)))
+    for option in args.set:
+        name, _, value = option.partition("=")
+        run = changed(run, name, json.loads(value) if value[:1] in "[0123456789ntf" else value)
+    if args.twin:
+        run = changed(changed(run, "model", f"bn_{run.model.model}"), "clipping", None)
+    if args.max_norm:
+        run = changed(run, "clipping", None)
+    return replace(run, seed=args.seed)
+
+
+def changed(run: RunConfig, name: str, value: Any) -> RunConfig:
+    """The run with one option of any of its parts set."""
+    for part in ("model", "data", "optim", "machine"):
+        config = getattr(run, part)
+        if name in (field.name for field in fields(config)):
+            return replace(run, **{part: replace(config, **{name: tuple(value) if isinstance(value, list) else value})})
+    raise SystemExit(f"no option {name}")
+
+
+def carry_out(run: RunConfig, max_norm: float | None) -> dict[str, Any]:
+    task, optimizer, ema, plan = build(run)
+    if max_norm:
+        params = list(task.model.parameters())
+        optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(params, max_norm) and None)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        try:
+            train(task, optimizer, ema, plan, run.machine, Path(folder), run.seed)
+        except RuntimeError as error:  # Diverged
+            return {"failed": str(error)}
+        seconds = time.monotonic() - began
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    keep = ("epoch", "top1", "top5", "raw_top1")
+    return {
+        "minutes": round(seconds / 60, 2),
+        "top1": evals[-1]["top1"],
+        "raw_top1": evals[-1]["raw_top1"],
+        "best": max(line["top1"] for line in evals),
+        "evaluations": [{name: line[name] for name in keep if name in line} for line in evals],
+        "images_per_s": sorted(x["images_per_s"] for x in lines if x["kind"] == "train")[len(lines) // 2],
+    }
+
+
+def table() -> None:
+    print("| run | top-1, averaged weights | best | raw weights | minutes | seed |\n|---|---|---|---|---|---|")
+    for path in sorted(RESULTS.glob("*.json")):
+        run = json.loads(path.read_text())
+        seed = run["config"]["seed"]
+        if "failed" in run:
+            print(f"| {path.stem} | diverged: {run['failed'].split(':')[0]} | | | | {seed} |")
+        else:
+            print(
+                f"| {path.stem} | {run['top1']:.2f} % | {run['best']:.2f} % | {run['raw_top1']:.2f} % "
+                f"| {run['minutes']:.1f} | {seed} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="?", help="what normfree train takes")
+    parser.add_argument("--twin", action="store_true", help="the same network with batch normalization, unclipped")
+    parser.add_argument("--max-norm", type=float, help="clip the norm of all gradients together, in place of AGC")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--threads", type=int, help="of torch; as many as cores")
+    parser.add_argument("--beside", default="nothing", help="what else the machine did, for the record")
+    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    args = parser.parse_args()
+    if args.table:
+        table()
+        return
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    run = configure(args)
+    kind = "bn" if args.twin else f"norm{args.max_norm:g}" if args.max_norm else "agc"
+    name = args.name or "-".join([Path(args.data).name, kind, *(option.replace("=", "") for option in args.set)])
+    environment = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "beside": args.beside,
+    }
+    result = carry_out(run, args.max_norm) | {"max_norm": args.max_norm, "environment": environment}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result | {"config": asdict(run)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

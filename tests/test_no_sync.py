@@ -1,0 +1,114 @@
+"""On a GPU the host waits for nothing in a step: shown on any machine with PyTorch's fake CUDA tensors.
+
+They have devices and shapes but no values; whoever asks for a value, as `.item()`, `.tolist()`, `.cpu()`, `bool()` or a
+mask as an index do, gets `DataDependentOutputException` or ends on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normfree.data import normalize
+from normfree.layers import reuse_weights
+from normfree.models import create_model
+from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
+
+MOMENTS = ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and lists those that copy between device and host and wait until it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls[func._schema.name] += 1
+        if len({t.device for t in (out, *args) if isinstance(t, Tensor) and t.ndim}) > 1:
+            self.waits.append(func._schema.name)
+        return out
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)  # draws until all are in bounds
+    with FakeTensorMode(), torch.device("cuda"):
+        yield create_model("nfnet_f0", num_classes=10, width=(128, 128, 128, 128))
+
+
+def give_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+
+
+def test_what_waits_is_seen(model):
+    give_gradients(model)
+    stats = adaptive_clip_grad_(model.parameters())
+    with Watch() as watch:
+        torch.tensor([1.0, 2.0], device="cpu").to("cuda")
+    assert watch.waits
+    with pytest.raises(DataDependentOutputException):
+        _ = stats.clipped_fraction
+    with Watch() as watch:
+        stats.clipped.cpu()
+    assert watch.waits
+
+
+def test_forward_passes(model):
+    pixels = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    with Watch() as watch:
+        images = normalize(pixels, *MOMENTS)
+        model(images)
+        model.eval()(images)
+        with reuse_weights(model), torch.no_grad():
+            model(images)
+    assert not watch.waits
+
+
+def test_the_authors_optimizer_with_the_average(model):
+    optimizer, ema = SGD_AGC(param_groups(model), lr=0.1), EMA(model)
+    give_gradients(model)
+    optimizer.step(ema=ema, ema_step=0)  # makes the momenta
+    for step in (1, 2):
+        give_gradients(model)
+        with Watch() as watch:
+            optimizer.step(ema=ema, ema_step=step)
+        assert not watch.waits, watch.waits
+        assert optimizer.stats.clipped.device.type == optimizer.stats.max_ratio.device.type == "cuda"
+    num_params = len(list(model.parameters()))
+    batched = {name: count for name, count in watch.calls.items() if "_foreach_" in name}
+    assert sum(batched.values()) < 30
+    assert watch.calls["aten::linalg_vector_norm"] < 2 * num_params  # one for a weight, all vectors together
+
+
+@pytest.mark.parametrize("units", ["channel", "tensor"])
+def test_agc_before_another_optimizer(model, units):
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), foreach=True)
+    AGC(optimizer, units=units)
+    with Watch() as watch:
+        for _ in range(2):
+            give_gradients(model)
+            optimizer.step()
+    assert not watch.waits
+
+
+def test_sam(model):
+    optimizer = SGD_AGC(param_groups(model), lr=0.1)
+    sam = SAM(optimizer, 0.05)
+    with Watch() as watch:
+        give_gradients(model)
+        sam.ascend()
+        give_gradients(model)
+        sam.restore()
+        optimizer.step()
+    assert not watch.waits

@@ -1,0 +1,154 @@
+"""The kernel that crops and resizes, against Pillow: equal in every bit, whatever the box, processor and process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import normfree.native
+from normfree.data import ArrayImages, EvalTransform, TrainTransform, sample_rng, train_batches, transforms
+from normfree.data.transforms import resample
+from normfree.native import library
+
+KERNEL = Path(normfree.native.__file__).parent / "resample.cpp"
+COMPILER = os.environ.get("CXX", "c++")
+needs_kernels = pytest.mark.skipif(library() is None, reason="kernels are switched off, or there is no compiler")
+needs_the_order_of_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="an older Pillow")
+
+
+def noise(width: int, height: int, channels: int = 3, contrast: bool = False) -> Image.Image:
+    """Of all values, or black and white alone, which overshoots most."""
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    pixels = np.random.default_rng(width * height).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(np.where(pixels < 128, 0, 255).astype(np.uint8) if contrast else pixels)
+
+
+def pillow(image: Image.Image, box: tuple[float, float, float, float], px: int, mirrored: bool = False) -> torch.Tensor:
+    pixels = np.atleast_3d(np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box=box)))
+    return torch.from_numpy((pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1).copy())
+
+
+SIDE = st.integers(1, 300)
+SHARES = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
+
+
+@settings(max_examples=400, deadline=None)
+@given(SIDE, SIDE, SHARES, SHARES, st.integers(1, 80), st.booleans(), st.booleans(), st.sampled_from([1, 3]))
+@example(40, 40, [0, 1], [0, 1], 40, True, True, 3)  # nothing to do
+@example(100, 100, [0.1, 0.5], [0.2, 0.6], 40, True, True, 3)  # a crop and nothing else
+@example(300, 1, [0, 1], [0, 1], 1, False, True, 1)
+@example(1, 300, [0, 1], [0, 1], 40, False, True, 3)
+@example(300, 299, [0, 1], [0, 1], 299, False, False, 3)
+@example(192, 385, [0, 1], [0, 1], 192, False, True, 3)  # columns first in Pillow 13, and the next one not
+@example(193, 194, [0, 1], [0, 1], 192, False, True, 3)
+def test_every_box_is_pillows(width, height, across, down, px, whole_pixels, mirrored, channels) -> None:
+    left, right, upper, lower = *(share * width for share in across), *(share * height for share in down)
+    if whole_pixels:
+        left, right, upper, lower = round(left), round(right), round(upper), round(lower)
+    if right - left < 0.01 or lower - upper < 0.01:
+        left, upper, right, lower = 0, 0, width, height
+    image, box = noise(width, height, channels, contrast=px % 2 == 0), (left, upper, right, lower)
+    assert torch.equal(resample(image, box, px, mirrored), pillow(image, box, px, mirrored))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transforms_are_pillows(channels: int) -> None:
+    for index, size in enumerate([(320, 240), (240, 500), (64, 64), (9, 700), (2300, 2000)]):
+        image = noise(*size, channels)  # the last one is in pieces, if it is RGB
+        for crop in (lambda: TrainTransform(48)(image, sample_rng(0, 0, index)), lambda: EvalTransform(48)(image)):  # noqa: B023
+            ours = crop()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(transforms, "library", lambda: None)
+                assert torch.equal(ours, crop())
+
+
+@needs_kernels
+@needs_the_order_of_pillow_13
+def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, other = noise(60, 50), noise(2300, 2000), noise(60, 50).convert("RGBA")
+    assert resample(other, (0, 0, 60, 50), 20).shape == (4, 20, 20)
+    monkeypatch.setattr(Image.Image, "resize", None)
+    for image in (small, small.convert("L"), small.crop((1, 2, 30, 20)), Image.fromarray(np.zeros((30, 40), np.uint8))):
+        assert resample(image, (0, 0, 20, 18), 20).dtype == torch.uint8
+    with pytest.raises(TypeError):
+        resample(large, (0, 0, 60, 50), 20)
+
+
+@needs_kernels
+def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the main process, before they start; and what they give is what Pillow gives."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 50, 40, 3), dtype=np.uint8)
+    images = ArrayImages(class_names=("a",), targets=[0] * 12, pixels=pixels, names=[str(i) for i in range(12)])
+    options = dict(batch_size=4, seed=1, start_step=0, stop_step=6)
+    library.cache_clear()
+    batches = train_batches(images, TrainTransform(24), workers=1, **options)
+    assert library.cache_info().currsize == 1
+    found = list(batches)
+    monkeypatch.setattr(transforms, "library", lambda: None)
+    for batch, expected in zip(found, train_batches(images, TrainTransform(24), workers=0, **options), strict=True):
+        assert torch.equal(batch.images, expected.images)
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="processors without AVX are x86's")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """4 lanes and 8 lanes, where the machine has them: equal bits, since all is in whole numbers."""
+    if processor == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("a processor without AVX2")
+    flags = [flag for flag in normfree.native.FLAGS if not flag.startswith("-march")]
+    subprocess.run([COMPILER, *flags, f"-march={processor}", KERNEL, "-o", tmp_path / "narrow.so"], check=True)
+    narrow = ctypes.CDLL(str(tmp_path / "narrow.so"))
+    narrow.normfree_resample.argtypes = normfree.native.SIGNATURES["normfree_resample"]
+    monkeypatch.setattr(transforms, "library", lambda: narrow)
+    for channels in (1, 3):
+        for width, height, px in ((97, 61, 32), (61, 197, 33), (20, 20, 50)):
+            image, box = noise(width, height, channels, contrast=True), (1.5, 2.25, width - 3.5, height)
+            assert torch.equal(resample(image, box, px, True), pillow(image, box, px, True))
+
+
+PROGRAM = r"""
+#include <cstdint>
+#include <vector>
+
+extern "C" void normfree_resample(const void *, int64_t, int64_t, int32_t, float, float, float, float, int64_t, int32_t,
+                                  int32_t, uint8_t *);
+
+int main() {
+    int faults = 0;
+    for (int64_t width : {1, 7, 40}) for (int64_t height : {1, 16, 33}) for (int64_t px : {1, 15, 16, 17, 40})
+        for (int32_t channels : {1, 3}) for (int32_t first : {0, 1}) for (float inset : {0.0f, 0.4f}) {
+            std::vector<uint8_t> in(width * height * (channels == 1 ? 1 : 4), 7), out(channels * px * px);
+            normfree_resample(in.data(), width, height, channels, inset, inset, width - inset, height - inset / 2, px,
+                              first, first, out.data());
+            for (uint8_t value : out) faults += value != 7;
+        }
+    return faults ? 1 : 0;
+}
+"""
+
+
+@needs_kernels
+def test_the_kernel_stays_within_its_memory_and_uses_nothing_unset(tmp_path: Path) -> None:
+    """In a program under the address sanitizer, which fills new memory with 255."""
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(PROGRAM)
+    flags = ["-O1", "-march=native", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    built = subprocess.run([COMPILER, *flags, source, KERNEL, "-o", program], capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    options = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+    ran = subprocess.run([program], capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": options})
+    assert ran.returncode == 0, ran.stderr[-2000:]
