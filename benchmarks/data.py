@@ -33,7 +33,7 @@ from PIL import Image, features
 from timm.data import FastCollateMixup, create_dataset, create_loader, create_transform
 from torch import Tensor
 
-from normfree.data import ImageSet, Mixing, RandAugment, TrainTransform, open_dataset, sample_rng, train_batches
+from normfree.data import ImageSet, Mixing, RandAugment, TrainTransform, cached, open_dataset, sample_rng, train_batches
 from normfree.data.pack import pack
 
 PX, BATCH, WARM_BATCHES = 192, 32, 4
@@ -167,7 +167,8 @@ def measure_stages(folder: Path, rounds: int, sample: int = 192) -> dict[str, fl
     images, _ = open_dataset(str(folder))
     some = np.random.default_rng(0).permutation(len(images))[:sample].tolist()
     transform, augment, mixing = TrainTransform(PX), RandAugment(4, 5, "pil"), Mixing(0.2, 1.0)
-    decoded = [images.read(index) for index in some]
+    kept = cached(images)
+    decoded = [kept.read(index) for index in some]
     crops = [transform(image, sample_rng(0, 0, i)) for i, image in enumerate(decoded)]
     arrays = [crop.permute(1, 2, 0).numpy() for crop in crops]
     stages: dict[str, Callable[[int], Any]] = {
@@ -175,6 +176,7 @@ def measure_stages(folder: Path, rounds: int, sample: int = 192) -> dict[str, fl
         "read and decode": lambda i: images.read(some[i]),
         "read and decode at 1/2": lambda i: images.read(some[i], min_px=SHORT_PX // 2),
         "read and decode at 1/4": lambda i: images.read(some[i], min_px=SHORT_PX // 4),
+        "read from memory": lambda i: kept.read(some[i]),
         "crop, resize, flip": lambda i: transform(decoded[i], sample_rng(0, 0, i)),
         "RandAugment(4, 5, pil)": lambda i: augment(arrays[i], sample_rng(0, 0, i)),
         "MixUp, CutMix": lambda i: mixing(crops[i], crops[i - 1], i, sample_rng(0, 0, i)),

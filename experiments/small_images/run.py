@@ -4,6 +4,7 @@
     python experiments/small_images/run.py DATA --twin                 # batch normalization, nothing clipped
     python experiments/small_images/run.py DATA --max-norm 1           # the norm of all gradients clipped, not AGC
     python experiments/small_images/run.py DATA --set lr=0.1 epochs=4  # another choice
+    python experiments/small_images/run.py DATA --record RUN           # the run folder that `normfree train DATA` left
     python experiments/small_images/run.py --table                     # the results as a table
 
 Everything else is as chosen. Results go to results/NAME.json.
@@ -15,14 +16,13 @@ import argparse
 import json
 import platform
 import tempfile
-import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normfree.config import RunConfig
+from normfree.config import RunConfig, load_config
 from normfree.engine.loop import train
 from normfree.tasks.classification import build, choose_recipe
 
@@ -57,22 +57,26 @@ def carry_out(run: RunConfig, max_norm: float | None) -> dict[str, Any]:
         params = list(task.model.parameters())
         optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(params, max_norm) and None)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
         try:
             train(task, optimizer, ema, plan, run.machine, Path(folder), run.seed)
         except RuntimeError as error:  # Diverged
             return {"failed": str(error)}
-        seconds = time.monotonic() - began
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        return summary(Path(folder))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Of a run that is complete; `minutes` from its first to its last line."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
+    speeds = sorted(line["images_per_s"] for line in lines if line["kind"] == "train")
     keep = ("epoch", "top1", "top5", "raw_top1")
     return {
-        "minutes": round(seconds / 60, 2),
+        "minutes": round((lines[-1]["time"] - lines[0]["time"]) / 60, 2),
         "top1": evals[-1]["top1"],
         "raw_top1": evals[-1]["raw_top1"],
         "best": max(line["top1"] for line in evals),
+        "images_per_s": speeds[len(speeds) // 2],
         "evaluations": [{name: line[name] for name in keep if name in line} for line in evals],
-        "images_per_s": sorted(x["images_per_s"] for x in lines if x["kind"] == "train")[len(lines) // 2],
     }
 
 
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--twin", action="store_true", help="the same network with batch normalization, unclipped")
     parser.add_argument("--max-norm", type=float, help="clip the norm of all gradients together, in place of AGC")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run")
+    parser.add_argument("--record", type=Path, metavar="RUN", help="a run folder, in place of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the result file")
     parser.add_argument("--threads", type=int, help="of torch; as many as cores")
@@ -106,7 +111,7 @@ def main() -> None:
         table()
         return
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    run = configure(args)
+    run = load_config(args.record / "config.json") if args.record else configure(args)
     kind = "bn" if args.twin else f"norm{args.max_norm:g}" if args.max_norm else "agc"
     name = args.name or "-".join([Path(args.data).name, kind, *(option.replace("=", "") for option in args.set)])
     environment = {
@@ -115,7 +120,8 @@ def main() -> None:
         "machine": platform.machine(),
         "beside": args.beside,
     }
-    result = carry_out(run, args.max_norm) | {"max_norm": args.max_norm, "environment": environment}
+    result = summary(args.record) if args.record else carry_out(run, args.max_norm)
+    result |= {"max_norm": args.max_norm, "environment": environment}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result | {"config": asdict(run)}, indent=1) + "\n")
 
