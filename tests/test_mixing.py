@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from normfree.config import InputError, load_config, save_config, validate
 from normfree.data import Batch, Mixing, sample_rng
 from normfree.data.mixing import cutmix, cutmix_box, mixup
-from normfree.recipes.small import small_images
+from normfree.recipes.small import mnist5k
 from normfree.tasks.classification import build, smoothed_cross_entropy
 
 with np.load(Path(__file__).parent / "golden" / "preprocess.npz") as file:
@@ -139,7 +139,7 @@ def test_loss_is_that_of_the_mixed_and_smoothed_label() -> None:
 
 
 def test_a_run_with_everything_on(photos: Path, tmp_path: Path) -> None:
-    run = small_images(str(photos))
+    run = mnist5k(str(photos))
     options = dict(mixup=0.2, cutmix=1.0, randaugment_layers=4, randaugment_magnitude=10.0, crop_style="paper")
     run = replace(run, data=replace(run.data, **options), optim=replace(run.optim, batch_size=8))
     save_config(run, tmp_path / "config.json")
@@ -169,7 +169,7 @@ def test_a_run_with_everything_on(photos: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_in_one_line(wrong: dict, line: str) -> None:
-    run = small_images("DATA")
+    run = mnist5k("DATA")
     with pytest.raises(InputError) as caught:
         validate(replace(run, data=replace(run.data, **wrong)))
     assert str(caught.value) == line

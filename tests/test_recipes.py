@@ -153,7 +153,7 @@ def two_losses(run):
         run,
         model=replace(run.model, **narrow),
         data=replace(run.data, train_px=32, eval_px=32),
-        optim=replace(run.optim, epochs=2, steps=None, batch_size=12, warmup_epochs=0, warmup_steps=None),
+        optim=replace(run.optim, epochs=2, steps=None, batch_size=12, lr=0.1, warmup_epochs=0, warmup_steps=None),
         machine=replace(run.machine, workers=0, device="cpu"),
         precision="float32",
     )
