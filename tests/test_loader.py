@@ -320,6 +320,7 @@ def test_nothing_readable_is_an_error_of_one_line(workers: int, folder: Path) ->
     with pytest.raises(InputError, match=r"cannot read [ab]/\d\d.png nor 20 others .* the file is empty$") as caught:
         stream(images, workers=workers)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though the error holds the frames that it passed
 
 
 # --- pixels that stay in memory ---

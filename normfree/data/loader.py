@@ -229,10 +229,15 @@ def read_batches(reader: Dataset, keys: Iterable, workers: int, pin_memory: bool
 
 
 def _raise_errors(batches: Iterator[Batch | InputError]) -> Iterator[Batch]:
+    error = None
     for batch in batches:
         if isinstance(batch, InputError):
-            raise InputError(str(batch))  # `batch` itself would hold this frame, and with it the workers
+            error = InputError(str(batch))  # `batch` itself would hold this frame
+            break
         yield batch
+    del batches  # ends the workers; left to the garbage collector with the error's frames, they would not end
+    if error:
+        raise error
 
 
 def _as_it_is(batch: Any) -> Any:
