@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import CDLL
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.autograd import Function, forward_ad
 from normfree.native import native_for
 
 Before = Callable[[Tensor], Tensor]
+Pads = tuple[int, int, int, int]  # zeros left, right, above, below, beside those of a convolution's own padding
 
 
 def _eager() -> bool:
@@ -126,6 +127,86 @@ def _closed(
     return dweight, (dot * r).view(gain.shape) * scale
 
 
+Options = tuple[float, float, float, float]  # scale, share, floor, extra of `standardize`
+
+
+def standardize_all(
+    weights: Sequence[Tensor], gains: Sequence[Tensor], options: Sequence[Options]
+) -> tuple[Tensor, ...]:
+    """`standardize` of every weight with its gain and options: on a device in one pass for all filters of one length.
+
+    The kernels on a CPU take them one by one: what the pass costs there is memory, not calls.
+    """
+    if not weights or not _eager() or all(native_for(weight) for weight in weights):
+        return tuple(standardize(*one[:2], *one[2]) for one in zip(weights, gains, options, strict=True))
+    return _StandardizeAll.apply(tuple(options), *weights, *gains)
+
+
+class _StandardizeAll(Function):
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Options, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        weights, gains = tensors[: len(options)], tensors[len(options) :]
+        found: dict[int, Tensor] = {}
+        for alike, kind in _kinds(weights, options):
+            filters, gain = _stacked(weights, alike), _stacked_gains(gains, options, alike)
+            found |= zip(alike, _unstacked(_standardize(filters, gain, 1.0, *kind), weights, alike), strict=True)
+        return tuple(found[i] for i in range(len(options)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        options, num = ctx.options, len(ctx.options)
+        weights, gains = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
+        found: list[Tensor | None] = [None] * 2 * num
+        for alike, kind in _kinds(weights, options, [i for i, grad in enumerate(grads) if grad is not None]):
+            placed = {i: _placed_like(cast(Tensor, grads[i]), weights[i]) for i in alike}
+            filters, gain = _stacked(weights, alike), _stacked_gains(gains, options, alike)
+            dfilters, dgain = _closed(_stacked(placed, alike), filters, gain, 1.0, *kind)
+            dgains = torch._foreach_mul(dgain.split([len(gains[i]) for i in alike]), [options[i][0] for i in alike])
+            for i, dweight, one in zip(alike, _unstacked(dfilters, weights, alike), dgains, strict=True):
+                found[i], found[num + i] = dweight, one
+        return None, *found
+
+
+def _kinds(
+    weights: Sequence[Tensor], options: Sequence[Options], wanted: Sequence[int] | None = None
+) -> list[tuple[list[int], tuple[float, ...]]]:
+    """The weights, by their numbers, that can be stacked; with the options that they share, all but the scale."""
+    kinds: dict[Any, list[int]] = {}
+    for i in range(len(weights)) if wanted is None else wanted:
+        weight = weights[i]
+        key = (weight[0].numel(), weight.dtype, weight.device, options[i][1:])
+        kinds.setdefault(key, []).append(i)
+    return [(alike, key[-1]) for key, alike in kinds.items()]
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """(out, ...) -> (out, fan-in), in the order of memory, so that it need not be copied."""
+    last = weight.ndim == 4 and not weight.is_contiguous()
+    return (weight.movedim(1, -1) if last else weight).flatten(1)
+
+
+def _stacked(weights: Sequence[Tensor] | dict[int, Tensor], alike: Sequence[int]) -> Tensor:
+    return torch.cat([_rows(weights[i]) for i in alike])
+
+
+def _stacked_gains(gains: Sequence[Tensor], options: Sequence[Options], alike: Sequence[int]) -> Tensor:
+    return torch.cat(torch._foreach_mul([gains[i] for i in alike], [options[i][0] for i in alike]))
+
+
+def _unstacked(filters: Tensor, weights: Sequence[Tensor], alike: Sequence[int]) -> list[Tensor]:
+    """The parts of (all filters, fan-in) in shape and order of memory of the weights that they belong to."""
+    parts = filters.split([len(weights[i]) for i in alike])
+    shaped = []
+    for part, weight in zip(parts, (weights[i] for i in alike), strict=True):
+        last = weight.ndim == 4 and not weight.is_contiguous()
+        shape = weight.movedim(1, -1).shape if last else weight.shape
+        shaped.append(part.view(shape).movedim(-1, 1) if last else part.view(shape))
+    return shaped
+
+
 # --- activations ---
 
 
@@ -191,7 +272,7 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     *,
-    pads: tuple[int, int, int, int] | None = None,
+    pads: Pads | None = None,
     before: Before | None = None,
     recompute: bool = True,
 ) -> Tensor:
@@ -203,9 +284,9 @@ def conv2d(
     right, or `pads`: left, right, above, below.
     """
     geometry = (stride, padding, dilation, groups)
-    made = _prepare(x, before, pads)
+    made = before(x) if before else x
     if not _eager() or x.ndim != 4:  # or (in, H, W)
-        return F.conv2d(made, weight, bias, *geometry)
+        return F.conv2d(_padded(made, pads), weight, bias, *geometry)
     source = x if before and recompute else None
     if not _autocast(x):
         return _Conv2d.apply(made, source, weight, bias, geometry, before, pads)
@@ -222,8 +303,7 @@ def _autocast(x: Tensor) -> bool:
     return available and torch.is_autocast_enabled(device)
 
 
-def _prepare(x: Tensor, before: Before | None, pads: tuple[int, ...] | None) -> Tensor:
-    x = before(x) if before else x
+def _padded(x: Tensor, pads: Pads | None) -> Tensor:
     return F.pad(x, pads) if pads else x
 
 
@@ -242,37 +322,45 @@ class _Conv2d(Function):
         pads: Any,
     ) -> Tensor:
         ctx.save_for_backward(made if source is None else source, weight)
-        ctx.remake = None if source is None else (before.forward if isinstance(before, nn.Module) else before, pads)
-        ctx.geometry, ctx.has_bias = geometry, bias is not None
-        if _winograd_fits(made, weight, geometry, bias):
+        ctx.remake = None if source is None else before.forward if isinstance(before, nn.Module) else before
+        ctx.geometry, ctx.pads, ctx.has_bias = geometry, pads, bias is not None
+        if _winograd_fits(made, weight, geometry, pads, bias):
             return _winograd(made, weight, bias, geometry[3], turned=False)
-        return F.conv2d(made, weight, bias, *geometry)
+        if _strided_fits(made, weight, geometry, pads, bias):
+            return _strided(made, weight, bias, geometry, pads)
+        return F.conv2d(_padded(made, pads), weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         kept, weight = ctx.saved_tensors
-        made = _prepare(kept, *ctx.remake).to(weight.dtype) if ctx.remake else kept
+        made = ctx.remake(kept).to(weight.dtype) if ctx.remake else kept
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]]
-        dmade, dweight, dbias = _conv2d_gradients(grads[0], made, weight, ctx.geometry, wanted)
+        dmade, dweight, dbias = _conv2d_gradients(grads[0], made, weight, ctx.geometry, ctx.pads, wanted)
         return dmade, None, dweight, dbias, None, None, None
 
 
 def _conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Any, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of input, weight and bias that are wanted, each by the fastest way."""
     stride, padding, dilation, groups = geometry
     dx = dweight = None
     first = not torch.is_grad_enabled()  # else these are to be differentiated again
-    if first and _winograd_fits(x, weight, geometry) and native_for(grad):
+    if first and _winograd_fits(x, weight, geometry, pads) and native_for(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx = _winograd(grad, weight, None, groups, turned=True) if wanted[0] else None
         dweight = _winograd_filter_gradient(x, grad, weight, groups) if wanted[1] else None
         return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None
+    if first and _strided_fits(x, weight, geometry, pads) and native_for(grad):
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        dx = _strided_input_gradient(x, grad, weight, geometry, pads) if wanted[0] else None
+        dweight = _strided_filter_gradient(x, grad, weight, geometry, pads) if wanted[1] else None
+        return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None
     product = first and wanted[1] and _few_pixels(grad, weight, geometry) and native_for(x, grad, weight) is not None
     if wanted[0] or (wanted[1] and not product):
         args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not product, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *args)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(x, pads), weight, *args)
+        dx = F.pad(dx, [-n for n in pads]) if pads and dx is not None else dx
     if product:
         dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2])
     else:
@@ -300,17 +388,33 @@ def _conv1x1_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, biased: bo
     return dweight, dbias
 
 
-def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, bias: Tensor | None = None) -> bool:
+def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
     stride, padding, dilation, groups = geometry
-    if not (weight.shape[2:] == (3, 3) and stride == padding == dilation == (1, 1)):
-        return False
+    square = weight.shape[2:] == (3, 3) and stride == padding == dilation == (1, 1) and not pads
+    return square and _kernel_fits(x, weight, groups, bias)
+
+
+def _strided_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
+    stride, _, dilation, groups = geometry
+    strided = stride[0] == stride[1] > 1 and dilation == (1, 1) and weight.shape[2:].numel() > 1
+    wide = min(weight.shape[0] // groups, weight.shape[1]) >= 32  # else oneDNN is faster
+    return (
+        strided
+        and wide
+        and _kernel_fits(x, weight, groups, bias)
+        and min(_strided_sizes(x, weight, geometry, pads)[1]) > 0
+    )
+
+
+def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) -> bool:
+    """Whether one of our convolutions takes what it is given; else PyTorch does, or complains."""
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous() and native_for(bias)):
         return False
     out, size = weight.shape[0] // groups, weight.shape[1]
     last = torch.channels_last
     return (
         out % 16 == size % 16 == 0
-        and (x.shape[1], weight.shape[0]) == (groups * size, groups * out)  # what does not, PyTorch complains about
+        and (x.shape[1], weight.shape[0]) == (groups * size, groups * out)
         and x.numel() > 0
         and x.is_contiguous(memory_format=last)
         and weight.is_contiguous(memory_format=last)
@@ -345,3 +449,51 @@ def _winograd_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, groups: i
         *(weight.shape[1], weight.shape[0] // groups, torch.get_num_threads()),
     )
     return dweight
+
+
+def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None) -> Tensor:
+    sizes, shape = _strided_sizes(x, weight, geometry, pads)
+    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    _call_strided(x, weight, bias, y, sizes, turned=False)
+    return y
+
+
+def _strided_input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
+    dx = torch.empty_like(x)
+    _call_strided(dx, weight, None, grad, _strided_sizes(x, weight, geometry, pads)[0], turned=True)
+    return dx
+
+
+def _call_strided(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sizes: tuple[int, ...], turned: bool
+) -> None:
+    native = native_for(x, weight, y)
+    assert native
+    native.normfree_strided(
+        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(*sizes, turned, torch.get_num_threads()),
+    )
+
+
+def _strided_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
+    native, dweight = native_for(x, grad), torch.empty_like(weight, memory_format=torch.channels_last)
+    assert native
+    sizes, _ = _strided_sizes(x, weight, geometry, pads)
+    native.normfree_strided_filter_gradient(
+        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), *sizes, torch.get_num_threads()
+    )
+    return dweight
+
+
+def _strided_sizes(
+    x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the kernels are told of a convolution, and the shape of its output."""
+    (stride, _), (rows, columns), _, groups = geometry
+    left, right, top, bottom = pads or (0, 0, 0, 0)
+    images, _, height, width = x.shape
+    out, size, kh, kw = weight.shape
+    out_height = (height + 2 * rows + top + bottom - kh) // stride + 1
+    out_width = (width + 2 * columns + left + right - kw) // stride + 1
+    maps = (images, height, width, out_height, out_width, groups, size, out // groups)
+    return (*maps, kh, kw, stride, top + rows, left + columns), (images, out, out_height, out_width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -145,9 +145,12 @@ class WSConv(nn.modules.conv._ConvNd):
 
     def _standardize(self, weight: Tensor) -> Tensor:
         """Ŵ for a weight with the output channels first."""
+        return functional.standardize(weight, self.gain, *self._options(weight))
+
+    def _options(self, weight: Tensor) -> functional.Options:
         share = self.fan_in / weight[0].numel()
         floor, extra = (1e-4, 0.0) if self.eps is None else (0.0, self.eps * self.fan_in)
-        return functional.standardize(weight, self.gain, self.input_scale, share, floor, extra)
+        return self.input_scale, share, floor, extra
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps:g}"
@@ -215,7 +218,7 @@ def reuse_weights(model: nn.Module) -> Iterator[None]:
     by pass.
     """
     convs = [module for module in model.modules() if isinstance(module, WSConv)]
-    weights = [conv.standardized_weight() for conv in convs]
+    weights = _standardized_weights(convs)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
     for conv, leaf in zip(convs, leaves, strict=True):
         conv._reused = leaf
@@ -227,6 +230,16 @@ def reuse_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for conv in convs:
             conv._reused = None
+
+
+def _standardized_weights(convs: Sequence[WSConv]) -> list[Tensor]:
+    """`standardized_weight` of each, in one pass for those that have not one of their own."""
+    plain = [conv for conv in convs if type(conv).standardized_weight is WSConv.standardized_weight]
+    together = functional.standardize_all(
+        [conv.weight for conv in plain], [conv.gain for conv in plain], [conv._options(conv.weight) for conv in plain]
+    )
+    found = dict(zip(plain, together, strict=True))
+    return [found[conv] if conv in found else conv.standardized_weight() for conv in convs]
 
 
 class SqueezeExcite(nn.Module):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normfree import functional
 from normfree.layers import (
     WSConv,
     WSConv1d,
+    WSConv2d,
     WSConv3d,
     WSConvTranspose1d,
     WSConvTranspose2d,
@@ -165,16 +167,27 @@ def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypat
     nn.functional.cross_entropy(model(images), labels).backward()
     whole = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    calls: list[WSConv] = []
-    standardize = WSConv._standardize
-    monkeypatch.setattr(WSConv, "_standardize", lambda conv, w: calls.append(conv) or standardize(conv, w))
+    calls: list[int] = []
+    standardize = functional.standardize_all
+    monkeypatch.setattr(functional, "standardize_all", lambda w, *args: calls.append(len(w)) or standardize(w, *args))
+    monkeypatch.setattr(WSConv, "_standardize", None)  # not one by one
     with reuse_weights(model):
         for some in torch.arange(6).split(4):
             (nn.functional.cross_entropy(model(images[some]), labels[some]) * len(some) / 6).backward()
         assert all(p.grad is None for name, p in model.named_parameters() if "conv" in name and name.endswith("weight"))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-9, atol=1e-12, msg=name)
-    assert sorted(map(id, calls)) == sorted(id(conv) for conv in model.modules() if isinstance(conv, WSConv))
+    assert calls == [sum(isinstance(conv, WSConv) for conv in model.modules())]
+
+
+def test_layers_with_weights_of_their_own_are_standardized_by_themselves():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([WSConvTranspose2d(4, 6, 3, stride=2, groups=2), WSConv2d(4, 6, 3), WSConv1d(4, 6, 3)])
+    for layer in layers.double():
+        nn.init.normal_(layer.gain)
+    with torch.no_grad(), reuse_weights(layers):
+        for layer in layers:
+            torch.testing.assert_close(layer._reused, layer.standardized_weight(), rtol=1e-12, atol=1e-15)
 
 
 def test_reused_weights_are_forgotten_after_an_error():
