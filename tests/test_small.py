@@ -13,8 +13,8 @@ from PIL import Image
 from normfree.cli import main
 from normfree.config import DataConfig, MachineConfig, ModelConfig, OptimConfig, RunConfig, validate
 from normfree.engine.evaluate import Accuracy
-from normfree.recipes.small import Images, Machine, choose, reasons_that_hold
-from normfree.tasks.classification import build
+from normfree.recipes.small import Images, Machine, choose, reasons_that_hold, shorten
+from normfree.tasks.classification import build, images_per_second
 
 CPU = Machine("cpu", 16)
 COLOURS = ("blue", "green", "red")
@@ -72,6 +72,26 @@ def test_a_reason_is_given_only_for_what_stayed():
     other = replace(run, optim=replace(run.optim, lr=0.7))
     assert [line for line in said if line not in reasons_that_hold(run, other, reasons)] == [said[1]]
     assert "batches of" in said[1]
+
+
+def test_a_slow_machine_takes_fewer_epochs_and_says_so():
+    for grey, minutes, seen in ((False, 30, 50_000), (True, 10, 60_000)):
+        images = Images(seen, COLOURS, 32, grey)
+        run, reasons = choose("", images, CPU)
+        assert shorten(run, reasons, images, 1e6) == (run, reasons)
+        shorter, why = shorten(run, reasons, images, seen / 100)  # 100 s an epoch
+        assert shorter.optim.epochs == int(0.85 * minutes * 60 / 100) < run.optim.epochs
+        assert replace(shorter, optim=run.optim) == run
+        assert f"{shorter.optim.epochs} epochs: what {minutes} minutes allow" in why[-1].text
+        assert len(why) == len(reasons)
+        validate(shorten(run, reasons, images, 1)[0])
+
+
+def test_speed_is_measured_without_a_trace():
+    state = torch.get_rng_state()
+    run, _ = choose("", Images(500, COLOURS, 32, False), CPU)
+    assert 1 < images_per_second(run, 3) < 1e6
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_names_of_options_are_unique():

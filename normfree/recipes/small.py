@@ -10,6 +10,8 @@ from typing import Any
 
 from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 
+MINUTES = (30, 10)  # that small images in colour, and grey ones, are to take on a CPU
+LEAST_EPOCHS = 5
 UNEVEN = 10  # largest class over smallest from which on classes are balanced
 _SYMBOLS = frozenset("0123456789abcdefghijklmnopqrstuvwxyz") | {"left", "right"}
 
@@ -26,6 +28,10 @@ class Images:
     short_px: int
     grey: bool
     unevenness: float = 1.0
+
+    @property
+    def are_small(self) -> bool:
+        return self.short_px < 64
 
     @property
     def are_symbols(self) -> bool:
@@ -52,9 +58,10 @@ class Reason:
 
 def choose(path: str, images: Images, machine: Machine) -> tuple[RunConfig, tuple[Reason, ...]]:
     """The run for these images on this machine, and why it is so."""
-    small = images.short_px < 64
-    large = not small and machine.device == "cuda" and images.num_train >= 50_000 and images.short_px >= 160
-    choice = _large_photos(machine) if large else _small_images(images) if small else _photos(images, machine)
+    large = not images.are_small and machine.device == "cuda" and images.num_train >= 50_000 and images.short_px >= 160
+    choice = (
+        _large_photos(machine) if large else _small_images(images) if images.are_small else _photos(images, machine)
+    )
     model, data, optim, reasons = choice
     colours = "grey" if images.grey else "in colour"
     why = f"{images.num_train} images {colours}, short side {images.short_px} px, on {machine.device}"
@@ -69,6 +76,21 @@ def choose(path: str, images: Images, machine: Machine) -> tuple[RunConfig, tupl
         text = f"classes count alike: the largest has {images.unevenness:.0f} times the images of the smallest"
         reasons += (Reason(("balance",), text),)
     return RunConfig(model, data, optim), reasons
+
+
+def shorten(
+    run: RunConfig, reasons: tuple[Reason, ...], images: Images, images_per_s: float
+) -> tuple[RunConfig, tuple[Reason, ...]]:
+    """The run with as many epochs as `MINUTES` allow where gradients of so many images a second are computed."""
+    minutes = MINUTES[images.grey]
+    epochs = max(LEAST_EPOCHS, int(0.85 * 60 * minutes * images_per_s / images.num_train))  # the rest: evaluation
+    if epochs >= run.optim.epochs:
+        return run, reasons
+    text = (
+        f"{epochs} epochs: what {minutes} minutes allow at {images_per_s:.0f} images/s; more, with --epochs, is better"
+    )
+    others = tuple(reason for reason in reasons if reason.options != ("epochs",))
+    return replace(run, optim=replace(run.optim, epochs=epochs)), (*others, Reason(("epochs",), text))
 
 
 Choice = tuple[ModelConfig, DataConfig, OptimConfig, tuple[Reason, ...]]

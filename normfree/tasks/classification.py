@@ -35,14 +35,14 @@ from normfree.data import (
     train_batches,
 )
 from normfree.engine.checkpoint import check_free, new_run_folder
-from normfree.engine.distributed import memory_gib, pick_device
+from normfree.engine.distributed import keep_freed_memory, memory_gib, pick_device
 from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare
 from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, load, save
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
-from normfree.recipes.small import Images, Machine, Reason, choose
+from normfree.recipes.small import Images, Machine, Reason, choose, shorten
 from normfree.weights import ModelInfo
 
 EVAL_BATCH = 64
@@ -210,7 +210,26 @@ def choose_recipe(name: str | None, run: RunConfig) -> tuple[RunConfig, tuple[Re
     short_px, grey = look_at(images)
     seen = Images(len(images), images.class_names, short_px, grey, max(counts.values()) / min(counts.values()))
     device = pick_device(run.machine.device)
-    return choose(path, seen, Machine(device.type, memory_gib(device)))
+    chosen, reasons = choose(path, seen, Machine(device.type, memory_gib(device)))
+    if device.type == "cpu" and seen.are_small:
+        return shorten(chosen, reasons, seen, images_per_second(chosen, len(images.class_names)))
+    return chosen, reasons
+
+
+def images_per_second(run: RunConfig, num_classes: int) -> float:
+    """Of how many images the gradients are computed in a second on a CPU; measured in about a second."""
+    keep_freed_memory()
+    m, px = run.model, run.data.train_px
+    assert px is not None
+    with torch.random.fork_rng(devices=[]):
+        model = create_model(m.model, num_classes, m.in_channels, **m.overrides()).to(memory_format=torch.channels_last)
+        images = torch.randn(run.optim.batch_size, m.in_channels, px, px).to(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(5):  # of which the first two are for kernels to be compiled and memory to be found
+        began = time.monotonic()
+        model(images).sum().backward()
+        seconds.append(time.monotonic() - began)
+    return len(images) / min(seconds[2:])
 
 
 def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
@@ -333,14 +352,16 @@ def _train(
 
 
 def estimated_seconds(task: Classification, plan: Plan) -> float:
-    """How long the run will take, from two passes of a first batch through the network, which change nothing."""
+    """How long the run will take, from three passes of a first batch through the network, which change nothing."""
+    if task.device.type == "cpu":
+        keep_freed_memory()
     began = time.monotonic()
     batch = next(task.batches(0, 1, workers=0))
     reading = time.monotonic() - began
     size, workers = plan.micro_batch or plan.batch_size, task.workers
     task.model.eval()  # batch normalization and random numbers stay as they are
     seconds = 0.0
-    for _ in range(2):  # of which the first is for kernels to be compiled and memory to be found
+    for _ in range(3):  # of which the first two are for kernels to be compiled and memory to be found
         began = time.monotonic()
         task.loss(task.part(batch, 0, size)).backward()
         task.model.zero_grad(set_to_none=True)
