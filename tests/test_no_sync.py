@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.data import normalize
-from normfree.layers import reuse_weights
+from normfree.layers import WSConv, reuse_weights
 from normfree.models import create_model
 from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
 
@@ -72,6 +72,14 @@ def test_forward_passes(model):
         model.eval()(images)
         with reuse_weights(model), torch.no_grad():
             model(images)
+    assert not watch.waits
+
+
+def test_weights_of_one_length_are_standardized_together(model):
+    lengths = [layer.weight[0].numel() for layer in model.modules() if isinstance(layer, WSConv)]
+    with Watch() as watch, reuse_weights(model):
+        pass
+    assert watch.calls["aten::linalg_vector_norm"] == len(set(lengths)) < len(lengths) / 5
     assert not watch.waits
 
 
