@@ -159,7 +159,7 @@ class _StandardizeAll(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         options, num = ctx.options, len(ctx.options)
         weights, gains = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
-        found: list[Tensor | None] = [None] * 2 * num
+        found: list[Tensor | None] = [None for _ in range(2 * num)]
         for alike, kind in _kinds(weights, options, [i for i, grad in enumerate(grads) if grad is not None]):
             placed = {i: _placed_like(cast(Tensor, grads[i]), weights[i]) for i in alike}
             filters, gain = _stacked(weights, alike), _stacked_gains(gains, options, alike)
