@@ -180,6 +180,23 @@ def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypat
     assert calls == [sum(isinstance(conv, WSConv) for conv in model.modules())]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "together"])
+@pytest.mark.parametrize("frozen", ["none of ours", "all but the head", "stem"])
+def test_weights_are_reused_whatever_is_trained(frozen, dtype):
+    """A network without our layers, a linear probe, and a frozen stem; only what is trained gets a gradient."""
+    torch.manual_seed(0)
+    model = create_model("bn_nfnet_nano" if frozen == "none of ours" else "nfnet_nano", 4).to(dtype)
+    if frozen == "all but the head":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    elif frozen == "stem":
+        model.stem.requires_grad_(False)
+    with reuse_weights(model):
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32, dtype=dtype)), torch.arange(4)).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+
+
 def test_layers_with_weights_of_their_own_are_standardized_by_themselves():
     torch.manual_seed(0)
     layers = nn.ModuleList([WSConvTranspose2d(4, 6, 3, stride=2, groups=2), WSConv2d(4, 6, 3), WSConv1d(4, 6, 3)])
