@@ -260,6 +260,36 @@ class _AvgPool2x2(Function):
         return torch.ops.aten.avg_pool2d_backward(grad, like, [2, 2], [2, 2], [0, 0], True, True, None)
 
 
+def gated_sum(shortcut: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """shortcut + x * gate, for `shortcut` and `x` (N, C, H, W) and `gate` (N, C, 1, 1)."""
+    symbol = not isinstance(x, Tensor)  # of torch.fx
+    return torch.addcmul(shortcut, x, gate) if symbol or not _gate_fits(x, gate) else _GatedSum.apply(shortcut, x, gate)
+
+
+def _gate_fits(x: Tensor, gate: Tensor) -> bool:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.numel() > 0
+    return last and gate.shape == (*x.shape[:2], 1, 1) and _eager() and native_for(x, gate) is not None
+
+
+class _GatedSum(Function):
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return torch.addcmul(shortcut, x, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, gate), (grad,) = ctx.saved_tensors, grads
+        native = native_for(grad)
+        if torch.is_grad_enabled() or not native:
+            return grad, grad * gate, (grad * x).sum((2, 3), keepdim=True)
+        grad, gate = grad.contiguous(memory_format=torch.channels_last), gate.contiguous()
+        dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+        pointers = (tensor.data_ptr() for tensor in (grad, x, gate, dx, dgate))
+        native.normfree_gate_gradient(*pointers, len(x), x[0, 0].numel(), x.shape[1], torch.get_num_threads())
+        return grad, dx, dgate
+
+
 # --- convolution ---
 
 

@@ -263,6 +263,9 @@ def test_second_derivatives_after_the_kernels(memory_format):
         functional.gelu: lambda x: F.gelu(x, approximate="tanh"),
         lambda x: functional.standardize(x, gain): lambda x: standardized(x, gain.double(), 1, 1, 1e-4, 0),
         functional.avg_pool2x2: lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True),
+        lambda x: functional.gated_sum(x, x, directions[..., :1, :1]): lambda x: (
+            x + x * directions[..., :1, :1].double()
+        ),
         lambda x: functional.conv2d(x, weight, padding=(1, 1), before=before): lambda x: F.conv2d(
             before(x), weight.double(), padding=1
         ),
@@ -375,6 +378,32 @@ def test_mean_of_a_map(memory_format):
     assert (dx - draw(3, 5)[..., None, None].double() / 42).abs().max() <= 4 * U
     assert dx.untyped_storage().nbytes() == 4 * 3 * 5
     assert gradgradcheck(functional.spatial_mean, leaves(x[:1], double=True))
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 300, 9, 11), (1, 16, 1, 1), (2, 4, 0, 3)])
+@pytest.mark.usefixtures("way")
+def test_gated_sum(shape, memory_format):
+    inputs = [draw(*shape, memory_format=memory_format, seed=1), draw(*shape, memory_format=memory_format)]
+    inputs.append(draw(*shape[:2], 1, 1, seed=2))
+    for grad in (draw(*shape, seed=3), draw(*shape, seed=3, memory_format=LAST), draw(1, seed=4).expand(shape)):
+        truth = derived(torch.addcmul, *inputs, grad=grad, double=True)
+        for ours, true in zip(derived(functional.gated_sum, *inputs, grad=grad), truth, strict=True):
+            assert (ours.shape, ours.dtype) == (true.shape, torch.float32)
+            assert not ours.numel() or (ours - true).abs().max() <= 16 * U * max(1, true.abs().max())
+
+
+@needs_kernels
+def test_gated_sum_is_the_kernels_where_it_can_be():
+    x, gate = draw(2, 16, 5, 6, memory_format=LAST), draw(2, 16, 1, 1)
+    (leaf,) = leaves(x)
+    for other, fits in ((gate, True), (gate[:, :1], False), (gate[:1], False), (gate.expand(2, 16, 5, 6), False)):
+        y = functional.gated_sum(x, leaf, other)
+        assert ("_GatedSum" in type(y.grad_fn).__name__) == fits
+        assert torch.equal(y, torch.addcmul(x, x, other))
+    assert "Addcmul" in type(functional.gated_sum(x.contiguous(), leaf.contiguous(), gate).grad_fn).__name__
+    inputs = leaves(x, x, gate, double=True)
+    assert gradgradcheck(functional._GatedSum.apply, [t[:1, :2] for t in inputs])
 
 
 # --- convolution ---
@@ -553,7 +582,13 @@ def test_who_watches_operations_sees_them(monkeypatch):
         batch = torch.func.vmap(torch.func.grad(lambda w, x: conv(x[None], w).sum()), (None, 0))(weight, x)
         assert torch.allclose(batch, loop, rtol=1e-4, atol=1e-4)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        for function in (functional.gelu, functional.avg_pool2x2, lambda x: conv(x, weight)):
+        gate = draw(2, 32, 1, 1)
+        for function in (
+            functional.gelu,
+            functional.avg_pool2x2,
+            lambda x: conv(x, weight),
+            lambda x: functional.gated_sum(x, x, gate),
+        ):
             assert not type(function(leaf).grad_fn).__name__.startswith("_")  # of normfree
         assert not calls
 
@@ -636,6 +671,7 @@ def test_results_may_be_changed_in_place():
     functions = [
         functional.gelu,
         functional.avg_pool2x2,
+        lambda x: functional.gated_sum(x, x, draw(2, 32, 1, 1)),
         lambda x: functional.standardize(x, torch.ones(2)),
         lambda x: conv(x, weight),
     ]
@@ -735,6 +771,7 @@ def test_the_number_of_threads_changes_no_bit():
             *derived(functional.conv2d, x[..., :24, :24], weight1, grad=draw(2, 100, 24, 24, seed=6)),
             *derived(functional.standardize, wide, gain, grad=draw(40, 48, 3, 3, seed=4)),
             *derived(functional.gelu, x, grad=draw(*x.shape, seed=5)),
+            *derived(functional.gated_sum, x, x, draw(2, 32, 1, 1), grad=draw(*x.shape, seed=5)),
         ]
 
     before = torch.get_num_threads()
@@ -786,6 +823,8 @@ void normfree_standardize(const float *, const float *, float, float, float, flo
                           float *, float *, int32_t);
 void normfree_standardize_gradient(const float *, const float *, float, const float *, const float *, const float *,
                                    const float *, int64_t, int64_t, float *, float *, int32_t);
+void normfree_gate_gradient(const float *, const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
+                            int32_t);
 void normfree_conv1x1_filter_gradient(const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
                                       int32_t);
 void normfree_winograd_filters(const float *, int64_t, int64_t, int64_t, int32_t, float *, int32_t);
@@ -824,6 +863,12 @@ int main() {
             normfree_standardize(w.drawn(), gain.drawn(), 1, 1, 1e-4f, 0, 3, n, out, mean, r, bend, threads);
             normfree_standardize_gradient(w, gain, 1, mean, r, bend, d.drawn(), 3, n, dw, dgain, threads);
             written(out), written(dw), written(dgain);
+        }
+        for (int64_t pixels : {1, 130}) for (int64_t channels : {1, 256, 300}) {
+            Floats dy(2 * pixels * channels), x(2 * pixels * channels), dx(2 * pixels * channels);
+            Floats gate(2 * channels), dgate(2 * channels);
+            normfree_gate_gradient(dy.drawn(), x.drawn(), gate.drawn(), dx, dgate, 2, pixels, channels, threads);
+            written(dx), written(dgate);
         }
         for (int64_t pixels : {1, 130, 700}) for (int64_t in : {16, 80}) for (int64_t out : {1, 6, 200}) {
             Floats x(pixels * in), dy(pixels * out), dw(out * in), bias(out);

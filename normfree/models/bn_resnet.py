@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from normfree import functional
 from normfree.config import Four
 from normfree.layers import ACTIVATIONS, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
 from normfree.models.network import (
@@ -209,7 +209,7 @@ class BNNFNetBlock(Block):
             shortcut = self.conv_shortcut(same_avg_pool(out) if self.stride > 1 else out)
         out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(out)))))
         out = self.conv2(self.act2(out))
-        return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out)))
+        return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out)))
 
     def branch(self, x: Tensor) -> Tensor:
         out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(self.act0(x))))))

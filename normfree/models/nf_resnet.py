@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
+from normfree import functional
 from normfree.config import Four
 from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
@@ -97,7 +97,7 @@ class NFResBlock(Block):
         scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
         if self.se is not None:
             out = self.conv2(out, before=self.act)
-            return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out) * (2 * scale)))
+            return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * (2 * scale)))
         out = self.conv2(out, output_scale=scale, before=self.act)
         return shortcut + self.stochastic_depth(out)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
+from normfree import functional
 from normfree.config import Four
 from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
 from normfree.models.network import (
@@ -153,7 +153,7 @@ class NFBlock(Block):
             shortcut = self.conv_shortcut(x, before=self.act)
         out = self._convolve(x)
         scale = 2 * self.alpha if self.skip_gain is None else self.skip_gain * (2 * self.alpha)
-        return torch.addcmul(shortcut, out, self.stochastic_depth(self.se(out) * scale))
+        return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * scale))
 
     def branch(self, x: Tensor) -> Tensor:
         out = self._convolve(x)

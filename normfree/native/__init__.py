@@ -26,6 +26,7 @@ SIGNATURES = {
     "normfree_sweep": (c_void_p, c_int64, c_int32),
     "normfree_gelu": (c_void_p, c_void_p, c_int64, c_int32),
     "normfree_gelu_gradient": (c_void_p, c_void_p, c_void_p, c_int64, c_int32),
+    "normfree_gate_gradient": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int32,),
     "normfree_standardize": (c_void_p,) * 2 + (c_float,) * 4 + (c_int64,) * 2 + (c_void_p,) * 4 + (c_int32,),
     "normfree_standardize_gradient": (c_void_p,) * 2
     + (c_float,)

@@ -1,4 +1,5 @@
-// What PyTorch needs several passes through memory for, in one: GELU, and weight standardization with its gradient.
+// What PyTorch needs several passes through memory for, in one: GELU, weight standardization and gates, with
+// gradients.
 
 #include "vector.h"
 
@@ -102,4 +103,33 @@ extern "C" void normfree_standardize_gradient(const float *w, const float *gain,
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = along * (d[j] - middle) - back * (row[j] - m);
     }
+}
+
+// Of y = shortcut + x gate, for x (images, pixels, channels) and gate (images, channels): dx = dy gate, and dgate, the sum
+// over pixels of dy x.
+extern "C" void normfree_gate_gradient(const float *dy, const float *x, const float *gate, float *dx, float *dgate,
+                                       int64_t images, int64_t pixels, int64_t channels, int32_t threads) {
+    constexpr int64_t WIDE = 256, LONG = 64;  // sums of so many pixels, which are summed then
+#pragma omp parallel for collapse(2) num_threads(threads) if (images * pixels * channels > 16384)
+    for (int64_t image = 0; image < images; ++image)
+        for (int64_t first = 0; first < channels; first += WIDE) {
+            const int64_t wide = std::min(WIDE, channels - first);
+            const float *__restrict factor = gate + image * channels + first;
+            float sums[WIDE] = {};
+            for (int64_t begin = 0; begin < pixels; begin += LONG) {
+                float part[WIDE] = {};
+                for (int64_t pixel = begin; pixel < std::min(begin + LONG, pixels); ++pixel) {
+                    const int64_t at = (image * pixels + pixel) * channels + first;
+                    const float *__restrict d = dy + at, *__restrict from = x + at;
+                    float *__restrict to = dx + at;
+#pragma omp simd
+                    for (int64_t j = 0; j < wide; ++j) {
+                        part[j] += d[j] * from[j];
+                        to[j] = d[j] * factor[j];
+                    }
+                }
+                for (int64_t j = 0; j < wide; ++j) sums[j] += part[j];
+            }
+            std::copy(sums, sums + wide, dgate + image * channels + first);
+        }
 }
