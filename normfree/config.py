@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 Four = tuple[int, int, int, int]
 EvalCrop = Literal["center", "resize_crop", "crop_resize"]
 AugmentStyle = Literal["pil", "paper"]
+CropStyle = Literal["pil", "paper", "shift"]
 
 
 class InputError(ValueError):
@@ -90,8 +91,9 @@ class DataConfig:
     """Smallest share of a picture that a random training crop covers."""
     flip: bool = True
     """Mirror half of the training images; off where left and right differ, as in digits."""
-    crop_style: AugmentStyle = "pil"
-    """pil: training crops as torchvision draws them, resized with antialiasing; paper: as the released code."""
+    crop_style: CropStyle = "pil"
+    """pil: training crops as torchvision draws them, resized with antialiasing; paper: as the released code; shift: the
+    whole image, moved by up to 1/16 of its side, for small images."""
     mixup: float = 0.0
     """α of MixUp; 0: without; the paper's is 0.2. It takes half of the batch if CutMix takes the rest."""
     cutmix: float = 0.0

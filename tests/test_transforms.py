@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,9 @@ def test_every_size_gives_the_asked_shape_and_flat_stays_flat(width: int, height
     assert tensor.shape == (1, px, px)
     assert tensor.dtype == torch.uint8
     assert tensor.unique().tolist() == [grey]
+    tensor = TrainTransform(px, style="shift")(image, sample_rng(0, 0, width))
+    assert (tensor.shape, tensor.dtype) == ((1, px, px), torch.uint8)
+    assert tensor.unique().tolist() == [grey]
     tensor = TrainTransform(px, style="paper")(image, sample_rng(0, 0, width))
     assert tensor.is_contiguous()
     torch.testing.assert_close(tensor, torch.full((1, px, px), float(grey)), rtol=1e-5, atol=1e-4)
@@ -95,7 +99,7 @@ def test_wrong_settings() -> None:
         EvalTransform(32, "centre")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="min_area in"):
         TrainTransform(32, min_area=0)
-    with pytest.raises(InputError, match=r"style pil or paper$"):
+    with pytest.raises(InputError, match=r"style pil, paper or shift$"):
         TrainTransform(32, style="PIL")  # pyright: ignore[reportArgumentType]
 
 
@@ -114,6 +118,23 @@ def test_first_draws_of_neighbouring_keys_are_uniform() -> None:
     draws = np.sort([sample_rng(0, epoch, index).random() for epoch in range(4) for index in range(1000)])
     distance = np.abs(draws - (np.arange(4000) + 0.5) / 4000).max()
     assert distance < 1.63 / math.sqrt(4000)  # Kolmogorov-Smirnov at 1%
+
+
+@pytest.mark.parametrize(("flip", "chi_square"), [(True, 85.4), (False, 51.2)])  # 0.1 % of 49, of 24 degrees of freedom
+def test_shifts_are_the_evaluated_picture_moved_and_reflected(flip: bool, chi_square: float) -> None:
+    """As torchvision's RandomCrop of it with its edges reflected, and each of those crops about as often."""
+    pixels = np.random.default_rng(0).integers(256, size=(40, 33, 3), dtype=np.uint8)
+    image, px, most = Image.fromarray(pixels), 32, 2
+    around = v2.functional.pad(EvalTransform(px, crop_fraction=1.0)(image), [most], padding_mode="reflect")
+    crops = {}
+    for y, x, mirrored in itertools.product(range(2 * most + 1), range(2 * most + 1), range(1 + flip)):
+        crop = around[:, y : y + px, x : x + px]
+        crops[(crop.flip(2) if mirrored else crop).numpy().tobytes()] = 0
+    transform, draws = TrainTransform(px, flip=flip, style="shift"), 40 * len(crops)
+    for index in range(draws):
+        crops[transform(image, sample_rng(0, 0, index)).numpy().tobytes()] += 1  # KeyError: is none of them
+    assert len(crops) == 25 * (1 + flip)
+    assert sum((count - 40) ** 2 / 40 for count in crops.values()) < chi_square
 
 
 def boxes(transform: TrainTransform, width: int, height: int, count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import PIL
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normfree.config import AugmentStyle, InputError
+from normfree.config import CropStyle, InputError
 from normfree.native import library
 
 _CROP_PADDING_PX = 32  # of both of the authors' evaluation crops
@@ -43,40 +43,58 @@ def sample_rng(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop to `px`, then a horizontal flip with probability 1/2 (`flip`).
+    """Random crop of `px` x `px`, then a horizontal flip with probability 1/2 (`flip`).
 
     - `pil`: the crop's share of the area is uniform in [`min_area`, 1], the logarithm of its width / height uniform
       between those of 1 / `max_ratio` and `max_ratio`, its place uniform (Szegedy et al. 2015, as torchvision does
       it). Pillow's bicubic, with antialiasing; uint8.
     - `paper`: crops as the released code draws them (`crop_box`), TensorFlow's bicubic without antialiasing; float32,
       0..255 with overshoot, as it is not clamped.
+    - `shift`: the middle of the picture, as it is evaluated, moved by up to a sixteenth of the side each way (2 of 32
+      pixels) and reflected at the edges, for small images; uint8. `min_area` and `max_ratio` are void.
     """
 
     px: int
     min_area: float = 0.08
     max_ratio: float = 4 / 3
     flip: bool = True
-    style: AugmentStyle = "pil"
+    style: CropStyle = "pil"
 
     def __post_init__(self) -> None:
-        if self.px < 1 or not 0 < self.min_area <= 1 or self.max_ratio < 1 or self.style not in ("pil", "paper"):
+        if self.px < 1 or not 0 < self.min_area <= 1 or self.max_ratio < 1 or self.style not in get_args(CropStyle):
             raise InputError(
-                f"{self}: px must be positive, min_area in (0, 1], max_ratio at least 1, style pil or paper"
+                f"{self}: px must be positive, min_area in (0, 1], max_ratio at least 1, style pil, paper or shift"
             )
 
     @property
     def min_px(self) -> int | None:
         """For `read_image`: the short side at which even the smallest crop has `px` pixels of its own; `paper`: all."""
+        if self.style == "shift":
+            return self._middle.min_px
         return math.ceil(self.px * math.sqrt(self.max_ratio / self.min_area)) if self.style == "pil" else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """(C, px, px) of an L or RGB image of any size: uint8 for `pil`, else float32."""
+        """(C, px, px) of an L or RGB image of any size: float32 for `paper`, else uint8."""
+        if self.style == "shift":
+            return self._shifted(image, rng)
         box = self.crop_box(image.width, image.height, rng)
         mirrored = self.flip and rng.random() < 0.5
         if self.style == "pil":
             return resample(image, box, self.px, mirrored)
         pixels = _resize_box(image, box, self.px)
         return to_tensor(pixels[:, ::-1] if mirrored else pixels)
+
+    @property
+    def _middle(self) -> EvalTransform:
+        return EvalTransform(self.px, "center", crop_fraction=1.0)
+
+    def _shifted(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        most, last = self.px // 16, self.px - 1
+        places = np.arange(self.px) + rng.integers(-most, most + 1, size=(2, 1))
+        rows, columns = last - np.abs(last - np.abs(places))  # -1 is 1, px is px - 2
+        if self.flip and rng.random() < 0.5:
+            columns = columns[::-1]
+        return torch.from_numpy(self._middle(image).numpy().take(rows, axis=1).take(columns, axis=2))
 
     def crop_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
         """Left, upper, right, lower in whole pixels.

@@ -11,7 +11,7 @@ from typing import Any
 from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 
 MINUTES = (30, 10)  # that small images in colour, and grey ones, are to take on a CPU
-LEAST_EPOCHS = 5
+LEAST_EPOCHS = 3
 UNEVEN = 10  # largest class over smallest from which on classes are balanced
 _SYMBOLS = frozenset("0123456789abcdefghijklmnopqrstuvwxyz") | {"left", "right"}
 
@@ -83,14 +83,15 @@ def shorten(
 ) -> tuple[RunConfig, tuple[Reason, ...]]:
     """The run with as many epochs as `MINUTES` allow where gradients of so many images a second are computed."""
     minutes = MINUTES[images.grey]
-    epochs = max(LEAST_EPOCHS, int(0.85 * 60 * minutes * images_per_s / images.num_train))  # the rest: evaluation
+    epochs = max(LEAST_EPOCHS, int(0.8 * 60 * minutes * images_per_s / images.num_train))  # the rest: reading, evaluation
     if epochs >= run.optim.epochs:
         return run, reasons
     text = (
         f"{epochs} epochs: what {minutes} minutes allow at {images_per_s:.0f} images/s; more, with --epochs, is better"
     )
     others = tuple(reason for reason in reasons if reason.options != ("epochs",))
-    return replace(run, optim=replace(run.optim, epochs=epochs)), (*others, Reason(("epochs",), text))
+    optim = replace(run.optim, epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, epochs / 10))
+    return replace(run, optim=optim), (*others, Reason(("epochs",), text))
 
 
 Choice = tuple[ModelConfig, DataConfig, OptimConfig, tuple[Reason, ...]]
@@ -100,10 +101,10 @@ def _small_images(images: Images) -> Choice:
     """Up to 63 px: `nfnet_nano`, without dropout and stochastic depth, whose runs are too short to need them."""
     px = max(28, -(-images.short_px // 4) * 4)
     epochs = _between(10 if images.grey else 28, 300_000 / images.num_train, 60)
-    optim, reasons = _optim(images, epochs, weight_decay=2e-4)
+    optim, reasons = _optim(images, epochs, weight_decay=5e-4)
     return (
         ModelConfig("nfnet_nano", drop_rate=0.0, stochastic_depth=0.0),
-        DataConfig(train_px=px, eval_px=px, min_area=0.6),
+        DataConfig(train_px=px, eval_px=px, crop_style="shift"),
         optim,
         reasons,
     )
@@ -126,8 +127,8 @@ def _large_photos(machine: Machine) -> Choice:
 
 
 def _optim(images: Images, epochs: int, weight_decay: float = 2e-5) -> tuple[OptimConfig, tuple[Reason, ...]]:
-    """Batches that make at least some hundred steps an epoch; learning rate and λ grow with them."""
-    size, lr, clipping = (128, 0.3, 0.1) if images.num_train >= 20_000 else (32, 0.1, 0.04)
+    """Batches that make at least some hundred steps an epoch; λ grows with them."""
+    size, lr, clipping = (64, 0.1, 0.1) if images.num_train >= 20_000 else (32, 0.1, 0.04)
     size = min(size, max(2, images.num_train // 8))
     optim = OptimConfig(epochs=epochs, batch_size=size, lr=lr, clipping=clipping, weight_decay=weight_decay)
     return optim, (
