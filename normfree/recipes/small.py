@@ -83,7 +83,8 @@ def shorten(
 ) -> tuple[RunConfig, tuple[Reason, ...]]:
     """The run with as many epochs as `MINUTES` allow where gradients of so many images a second are computed."""
     minutes = MINUTES[images.grey]
-    epochs = max(LEAST_EPOCHS, int(0.8 * 60 * minutes * images_per_s / images.num_train))  # the rest: reading, evaluation
+    seconds = 0.8 * 60 * minutes  # the rest is for reading and evaluation
+    epochs = max(LEAST_EPOCHS, int(seconds * images_per_s / images.num_train))
     if epochs >= run.optim.epochs:
         return run, reasons
     text = (
