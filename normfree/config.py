@@ -213,6 +213,10 @@ def validate(run: RunConfig) -> None:
         (0 < d.validation_fraction < 1, f"validation-fraction {d.validation_fraction}: between 0 and 1"),
         (all(px is None or 8 <= px <= 4096 for px in (d.train_px, d.eval_px)), "train-px and eval-px: 8 to 4096"),
         (0 < d.min_area <= 1, f"min-area {d.min_area}: more than 0, at most 1"),
+        (
+            d.crop_style != "shift" or d.min_area == DataConfig.min_area,
+            f"min-area {d.min_area}: void with --crop-style shift; add --crop-style pil",
+        ),
         (d.mixup >= 0, f"mixup {d.mixup}: at least 0; 0 is without, the paper's is 0.2"),
         (d.cutmix >= 0, f"cutmix {d.cutmix}: at least 0; 0 is without, the paper's is 1"),
         (d.randaugment_layers >= 0, f"randaugment-layers {d.randaugment_layers}: at least 0; 0 is without"),

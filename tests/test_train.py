@@ -261,3 +261,5 @@ def test_config_round_trip_and_validation(tmp_path):
         load_config(path)
     with pytest.raises(InputError, match="--momentum 1"):
         validate(replace(run, optim=replace(run.optim, momentum=1.0)))
+    with pytest.raises(InputError, match=r"--min-area 0\.5: void with --crop-style shift"):
+        validate(replace(run, data=replace(run.data, crop_style="shift", min_area=0.5)))
