@@ -168,13 +168,13 @@ class _TrainReader(Dataset):
 
     def _read(self, epoch: int, index: int, unreadable: list[str]) -> tuple[Image.Image, int]:
         """Image `index`, or the first readable one drawn in its place, and which it is; failures go to `unreadable`."""
-        replacements = sample_rng(self.seed, epoch, index, _REPLACEMENT_STREAM)
-        candidate = index
+        candidate, replacements = index, None
         for _ in range(1 + _MAX_REPLACEMENTS):
             try:
                 return self.images.read(candidate, self.channels, self.min_px), candidate
             except UnreadableImage as error:
                 unreadable.append(str(error))
+                replacements = replacements or sample_rng(self.seed, epoch, index, _REPLACEMENT_STREAM)
                 candidate = int(replacements.integers(len(self.images)))
         name = self.images.name(index)
         raise InputError(

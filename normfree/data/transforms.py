@@ -94,7 +94,9 @@ class TrainTransform:
         rows, columns = last - np.abs(last - np.abs(places))  # -1 is 1, px is px - 2
         if self.flip and rng.random() < 0.5:
             columns = columns[::-1]
-        return torch.from_numpy(self._middle(image).numpy().take(rows, axis=1).take(columns, axis=2))
+        whole = image.size == (self.px, self.px)  # nothing to resize, the common case
+        pixels = np.atleast_3d(np.asarray(image)) if whole else self._middle(image).permute(1, 2, 0).numpy()
+        return to_tensor(pixels.take(rows, axis=0).take(columns, axis=1))
 
     def crop_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
         """Left, upper, right, lower in whole pixels.
