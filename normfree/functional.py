@@ -314,16 +314,20 @@ def conv2d(
     right, or `pads`: left, right, above, below.
     """
     geometry = (stride, padding, dilation, groups)
+    eager = _eager() and x.ndim == 4  # not (in, H, W)
+    autocast = eager and _autocast(x)
+    if eager and not autocast and recompute and _is_gelu(before) and _products_fit(x, weight, geometry, pads, bias):
+        return _Conv2d.apply(x, None, weight, bias, geometry, None, pads, True)
     made = before(x) if before else x
-    if not _eager() or x.ndim != 4:  # or (in, H, W)
+    if not eager:
         return F.conv2d(_padded(made, pads), weight, bias, *geometry)
     source = x if before and recompute else None
-    if not _autocast(x):
-        return _Conv2d.apply(made, source, weight, bias, geometry, before, pads)
+    if not autocast:
+        return _Conv2d.apply(made, source, weight, bias, geometry, before, pads, False)
     dtype = torch.get_autocast_dtype(x.device.type)
     made, weight, bias = made.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _Conv2d.apply(made, source, weight, bias, geometry, before, pads)
+        return _Conv2d.apply(made, source, weight, bias, geometry, before, pads, False)
 
 
 def _autocast(x: Tensor) -> bool:
@@ -337,8 +341,17 @@ def _padded(x: Tensor, pads: Pads | None) -> Tensor:
     return F.pad(x, pads) if pads else x
 
 
+def _is_gelu(before: Before | None) -> bool:
+    """Whether `before` is `gelu`, by itself or as a module that nobody watches by hooks."""
+    if not isinstance(before, nn.Module):
+        return before is gelu
+    hooks = before._forward_hooks, before._forward_pre_hooks, before._backward_hooks, before._backward_pre_hooks
+    watched = any(hooks) or nn.modules.module._has_any_global_hook()
+    return not watched and getattr(before, "function", None) is gelu
+
+
 class _Conv2d(Function):
-    """Of `made`, which is kept only if there is no `source` to make it from."""
+    """Of `made`, which is kept only if there is no `source` to make it from; or, `activated`, of gelu(made)."""
 
     @staticmethod
     def forward(
@@ -350,14 +363,15 @@ class _Conv2d(Function):
         geometry: Any,
         before: Any,
         pads: Any,
+        activated: bool,
     ) -> Tensor:
         ctx.save_for_backward(made if source is None else source, weight)
         ctx.remake = None if source is None else before.forward if isinstance(before, nn.Module) else before
-        ctx.geometry, ctx.pads, ctx.has_bias = geometry, pads, bias is not None
+        ctx.geometry, ctx.pads, ctx.has_bias, ctx.activated = geometry, pads, bias is not None, activated
         if _winograd_fits(made, weight, geometry, pads, bias):
             return _winograd(made, weight, bias, geometry[3], turned=False)
         if _strided_fits(made, weight, geometry, pads, bias):
-            return _strided(made, weight, bias, geometry, pads)
+            return _strided(made, weight, bias, geometry, pads, activated)
         return F.conv2d(_padded(made, pads), weight, bias, *geometry)
 
     @staticmethod
@@ -365,55 +379,63 @@ class _Conv2d(Function):
         kept, weight = ctx.saved_tensors
         made = ctx.remake(kept).to(weight.dtype) if ctx.remake else kept
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]]
-        dmade, dweight, dbias = _conv2d_gradients(grads[0], made, weight, ctx.geometry, ctx.pads, wanted)
-        return dmade, None, dweight, dbias, None, None, None
+        dmade, dweight, dbias = _conv2d_gradients(grads[0], made, weight, ctx.geometry, ctx.pads, wanted, ctx.activated)
+        return dmade, None, dweight, dbias, None, None, None, None
 
 
 def _conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, wanted: list[bool], activated: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of input, weight and bias that are wanted, each by the fastest way."""
+    """Those of input, weight and bias that are wanted, each by the fastest way; if `activated`, of one of gelu(x)."""
     stride, padding, dilation, groups = geometry
     dx = dweight = None
-    first = not torch.is_grad_enabled()  # else these are to be differentiated again
-    if first and _winograd_fits(x, weight, geometry, pads) and native_for(grad):
+    # else these are to be differentiated again
+    native = native_for(x, grad, weight) if not torch.is_grad_enabled() else None
+    few = native is not None and wanted[1] and _few_pixels(grad, weight, geometry, pads)
+    if native and _winograd_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx = _winograd(grad, weight, None, groups, turned=True) if wanted[0] else None
         dweight = _winograd_filter_gradient(x, grad, weight, groups) if wanted[1] else None
-        return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None
-    if first and _strided_fits(x, weight, geometry, pads) and native_for(grad):
+    elif native and _strided_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = _strided_input_gradient(x, grad, weight, geometry, pads) if wanted[0] else None
-        dweight = _strided_filter_gradient(x, grad, weight, geometry, pads) if wanted[1] else None
-        return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None
-    product = first and wanted[1] and _few_pixels(grad, weight, geometry) and native_for(x, grad, weight) is not None
-    if wanted[0] or (wanted[1] and not product):
-        args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not product, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(x, pads), weight, *args)
+        dx = _strided_input_gradient(x, grad, weight, geometry, pads, activated) if wanted[0] else None
+        if wanted[1] and not few:
+            dweight = _strided_filter_gradient(x, grad, weight, geometry, pads, activated)
+    elif wanted[0] or (wanted[1] and not few):
+        made = F.gelu(x, approximate="tanh") if activated else x
+        args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not few, False])
+        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(made, pads), weight, *args)
         dx = F.pad(dx, [-n for n in pads]) if pads and dx is not None else dx
-    if product:
-        dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2])
+        dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh") if activated and dx is not None else dx
+    if few:
+        dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2], activated)
     else:
         dbias = grad.sum((0, 2, 3)) if wanted[2] else None
     return dx, dweight, dbias
 
 
-def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any) -> bool:
-    """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
+def _pointwise(weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
+    """Whether a convolution is a matrix product for each pixel."""
     stride, padding, _, groups = geometry
-    pointwise = weight[0, 0].numel() == groups == 1 and stride == (1, 1) and padding == (0, 0)
-    return pointwise and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
+    return weight[0, 0].numel() == groups == 1 and (stride, padding) == ((1, 1), (0, 0)) and not pads
 
 
-def _conv1x1_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
+def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
+    """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
+    return _pointwise(weight, geometry, pads) and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
+
+
+def _conv1x1_filter_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, biased: bool, activated: bool
+) -> tuple[Tensor, Tensor | None]:
     """dW (out, in, 1, 1) and, if `biased`, the bias's gradient of a 1x1 convolution, in one pass over the pixels."""
     native = native_for(x, grad, weight)
     assert native
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
     native.normfree_conv1x1_filter_gradient(
-        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), None if dbias is None else dbias.data_ptr()),
-        *(grad[:, 0].numel(), weight.shape[1], weight.shape[0], torch.get_num_threads()),
+        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias)),
+        *(grad[:, 0].numel(), weight.shape[1], weight.shape[0], activated, torch.get_num_threads()),
     )
     return dweight, dbias
 
@@ -424,16 +446,24 @@ def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, 
     return square and _kernel_fits(x, weight, groups, bias)
 
 
+def _products_fit(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
+    """Whether this is a 1x1 convolution for our kernels: so small that what oneDNN does beside the products counts."""
+    small = weight.numel() <= 2**18 and x[:, 0].numel() * weight.numel() <= 2**27
+    return (
+        small
+        and min(weight.shape[:2]) >= 32
+        and _pointwise(weight, geometry, pads)
+        and _kernel_fits(x, weight, 1, bias)
+    )
+
+
 def _strided_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
     stride, _, dilation, groups = geometry
     strided = stride[0] == stride[1] > 1 and dilation == (1, 1) and weight.shape[2:].numel() > 1
     wide = min(weight.shape[0] // groups, weight.shape[1]) >= 32  # else oneDNN is faster
-    return (
-        strided
-        and wide
-        and _kernel_fits(x, weight, groups, bias)
-        and min(_strided_sizes(x, weight, geometry, pads)[1]) > 0
-    )
+    if not strided:
+        return _products_fit(x, weight, geometry, pads, bias)
+    return wide and _kernel_fits(x, weight, groups, bias) and min(_strided_sizes(x, weight, geometry, pads)[1]) > 0
 
 
 def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) -> bool:
@@ -464,10 +494,14 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, turne
     shape = (images, groups * outputs, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     native.normfree_winograd(
-        *(x.data_ptr(), filters.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(x.data_ptr(), filters.data_ptr(), _address(bias), y.data_ptr()),
         *(images, height, width, groups, inputs, outputs, threads),
     )
     return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _winograd_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -481,36 +515,49 @@ def _winograd_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, groups: i
     return dweight
 
 
-def _strided(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None) -> Tensor:
+def _strided(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None, activated: bool
+) -> Tensor:
     sizes, shape = _strided_sizes(x, weight, geometry, pads)
     y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _call_strided(x, weight, bias, y, sizes, turned=False)
+    _call_strided(x, weight, bias, None, y, sizes, activated, turned=False)
     return y
 
 
-def _strided_input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
-    dx = torch.empty_like(x)
-    _call_strided(dx, weight, None, grad, _strided_sizes(x, weight, geometry, pads)[0], turned=True)
+def _strided_input_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, activated: bool
+) -> Tensor:
+    dx, seen = torch.empty_like(x), x if activated else None
+    _call_strided(dx, weight, None, seen, grad, _strided_sizes(x, weight, geometry, pads)[0], False, turned=True)
     return dx
 
 
 def _call_strided(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sizes: tuple[int, ...], turned: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    y: Tensor,
+    sizes: tuple[int, ...],
+    activated: bool,
+    turned: bool,
 ) -> None:
     native = native_for(x, weight, y)
     assert native
     native.normfree_strided(
-        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
-        *(*sizes, turned, torch.get_num_threads()),
+        *(x.data_ptr(), weight.data_ptr(), _address(bias), _address(seen), y.data_ptr()),
+        *(*sizes, activated, turned, torch.get_num_threads()),
     )
 
 
-def _strided_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
+def _strided_filter_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, activated: bool
+) -> Tensor:
     native, dweight = native_for(x, grad), torch.empty_like(weight, memory_format=torch.channels_last)
     assert native
     sizes, _ = _strided_sizes(x, weight, geometry, pads)
     native.normfree_strided_filter_gradient(
-        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), *sizes, torch.get_num_threads()
+        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), *sizes, activated, torch.get_num_threads()
     )
     return dweight
 

@@ -415,11 +415,12 @@ def plain_conv2d(x, weight, bias, *geometry, pads=None, before=None, recompute=T
 
 
 def check_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *geometry, grad_format=LAST, **options
+    x: Tensor, weight: Tensor, bias: Tensor | None, *geometry, grad_format=LAST, units=3, **options
 ) -> Counter[str]:
     """Values and gradients are as near to the truth as PyTorch's; returns which kernels were called.
 
-    The transforms, where PyTorch has short sums, may add 3 U of the truth, or of a sum of so many random numbers.
+    The transforms, where PyTorch has short sums, may add 3 U of the truth, or of a sum of so many random numbers. Of
+    products that sum n pixels one after another it is U sqrt(n / 6), here `units`.
     """
     inputs = [x, weight] + ([] if bias is None else [bias])
 
@@ -435,7 +436,7 @@ def check_conv2d(
     for mine, yours, truth in zip(ours, theirs, truths, strict=True):
         assert (mine.shape, mine.dtype) == (truth.shape, torch.float32)
         size = rms(truth) if truth.ndim > 1 else rms(grad) * (grad.numel() / len(truth)) ** 0.5
-        assert rms(mine - truth) <= 1.5 * rms(yours - truth) + 3 * U * size
+        assert rms(mine - truth) <= 1.5 * rms(yours - truth) + units * U * size
     return calls
 
 
@@ -517,8 +518,45 @@ def test_filters_of_1x1_convolutions(size, out, batch, sides, biased, before, fo
     x = draw(batch, size, *sides, seed=seed, memory_format=formats[0])
     weight = draw(out, size, 1, 1, seed=seed + 1, memory_format=formats[1])
     bias = draw(out, seed=seed + 2) if biased else None
-    options = dict(grad_format=formats[2], **activation(before))
-    assert check_conv2d(x, weight, bias, ONE, (0, 0), ONE, 1, **options) == {"1x1": 1}
+    options = dict(grad_format=formats[2], units=5, **activation(before))  # of 128 pixels
+    whole = out == 32 and size > 16 and x.is_contiguous(memory_format=LAST)
+    others = {"strided forward": 1, "strided input": 1} if whole else {}
+    assert check_conv2d(x, weight, bias, ONE, (0, 0), ONE, 1, **options) == {"1x1": 1, **others}
+
+
+STRIDED = {f"strided {kind}": 1 for kind in ALL}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("sides", "out", "calls", "passes"),
+    [
+        ((9, 7), 48, {"strided forward": 1, "strided input": 1, "1x1": 1}, 0),
+        ((26, 25), 48, STRIDED, 0),
+        ((26, 25), 40, {}, 2),  # no whole vectors
+        ((160, 161), 96, {}, 2),  # left to PyTorch, which is as fast
+    ],
+)
+def test_gelu_within_1x1_convolutions(sides, out, calls, passes, monkeypatch):
+    x, weight = draw(2, 32, *sides, memory_format=LAST), draw(out, 32, 1, 1, seed=1, memory_format=LAST)
+    found, apply = [], functional._Gelu.apply
+    monkeypatch.setattr(functional._Gelu, "apply", lambda x: found.append(x) or apply(x))
+    options = dict(grad_format=LAST, **activation("gelu"))
+    assert check_conv2d(x, weight, draw(out, seed=2), ONE, (0, 0), ONE, 1, **options) == calls
+    assert len(found) == passes + 2  # the reference's
+
+
+@needs_kernels
+def test_gelu_that_hooks_watch():
+    """...is called as a module, so that they see its output."""
+    act, seen = Activation("gelu"), []
+    x, weight = draw(2, 32, 9, 7, memory_format=LAST), draw(48, 32, 1, 1, seed=1, memory_format=LAST)
+    expected = functional.conv2d(x, weight, before=act)
+    act.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = functional.conv2d(x, weight, before=act)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], functional.gelu(x))
+    assert rms(found - expected) <= U * rms(expected)
 
 
 @needs_kernels
@@ -547,7 +585,11 @@ def test_whatever_winograd_is_not_for(
     options = dict(pads=pads, grad_format=formats[2], **activation(before))
     calls = check_conv2d(x, weight, draw(groups * out) if biased else None, *geometry, groups, **options)
     last = formats[0] == formats[1] == LAST
-    assert calls == (ALL if (kernel, *geometry, size, out, last) == (3, ONE, ONE, ONE, 16, 16, True) else {})
+    if (kernel, *geometry[:2], size, pads, groups) == (1, ONE, (0, 0), 16, None, 1):
+        assert calls == {"1x1": 1}  # its filters
+    else:
+        fits = (kernel, *geometry, size, out, pads, last) == (3, ONE, ONE, ONE, 16, 16, None, True)
+        assert calls == (ALL if fits else {})
 
 
 def layer(*sides: int, groups: int = 2, size: int = 16, out: int = 32) -> list[Tensor]:
@@ -826,12 +868,18 @@ void normfree_standardize_gradient(const float *, const float *, float, const fl
 void normfree_gate_gradient(const float *, const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
                             int32_t);
 void normfree_conv1x1_filter_gradient(const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
-                                      int32_t);
+                                      int32_t, int32_t);
 void normfree_winograd_filters(const float *, int64_t, int64_t, int64_t, int32_t, float *, int32_t);
 void normfree_winograd(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int32_t);
 void normfree_winograd_filter_gradient(const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t,
                                        int64_t, int64_t, int32_t);
+void normfree_strided(float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t,
+                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t,
+                      int32_t);
+void normfree_strided_filter_gradient(const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t,
+                                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                      int32_t, int32_t);
 }
 
 struct Floats {  // of exactly n numbers; outputs are what the allocator fills memory with: not a number
@@ -853,7 +901,7 @@ static void written(Floats &x) {
 int main() {
     Floats fresh(3000);
     if (!std::isnan(fresh[0]) || !std::isnan(fresh[2999])) return 2;
-    for (int32_t threads : {1, 2}) {
+    for (int32_t threads : {1, 2}) for (int32_t activated : {0, 1}) {
         for (int64_t n : {1, 15, 16, 33, 4097, 20000}) {
             Floats x(n), dy(n), y(n), dx(n);
             normfree_gelu(x.drawn(), y, n, threads);
@@ -872,8 +920,8 @@ int main() {
         }
         for (int64_t pixels : {1, 130, 700}) for (int64_t in : {16, 80}) for (int64_t out : {1, 6, 200}) {
             Floats x(pixels * in), dy(pixels * out), dw(out * in), bias(out);
-            normfree_conv1x1_filter_gradient(x.drawn(), dy.drawn(), dw, bias, pixels, in, out, threads);
-            normfree_conv1x1_filter_gradient(x, dy, dw, nullptr, pixels, in, out, threads);
+            normfree_conv1x1_filter_gradient(x.drawn(), dy.drawn(), dw, bias, pixels, in, out, activated, threads);
+            normfree_conv1x1_filter_gradient(x, dy, dw, nullptr, pixels, in, out, activated, threads);
             written(dw), written(bias);
         }
         for (int64_t groups : {1, 3}) for (int64_t in : {16, 48}) for (int64_t out : {16, 80})
@@ -888,6 +936,21 @@ int main() {
                 normfree_winograd_filter_gradient(x, y, dw, s[0], s[1], s[2], groups, in, out, threads);
                 written(u), written(turned), written(y), written(dx), written(dw);
             }
+        for (int64_t groups : {1, 3}) for (int64_t in : {16, 48}) for (int64_t out : {32, 80})
+            for (auto s : std::vector<std::vector<int64_t>>{{1, 1, 1, 1, 1}, {2, 9, 7, 1, 1}, {2, 9, 7, 3, 2}}) {
+                const int64_t n = s[0], h = s[1], w = s[2], k = s[3], apart = s[4], pad = k / 2;
+                const int64_t oh = (h + 2 * pad - k) / apart + 1, ow = (w + 2 * pad - k) / apart + 1;
+                Floats x(n * h * w * groups * in), dx(x.n), filters(groups * out * in * k * k), dw(filters.n);
+                Floats bias(groups * out), y(n * oh * ow * groups * out);
+                const float *seen = activated ? x.drawn().at : nullptr;
+                normfree_strided(x.drawn(), filters.drawn(), bias.drawn(), nullptr, y, n, h, w, oh, ow, groups, in, out,
+                                 k, k, apart, pad, pad, activated, 0, threads);
+                normfree_strided(dx, filters, nullptr, seen, y, n, h, w, oh, ow, groups, in, out, k, k, apart, pad, pad,
+                                 0, 1, threads);
+                normfree_strided_filter_gradient(x, y, dw, n, h, w, oh, ow, groups, in, out, k, k, apart, pad, pad,
+                                                 activated, threads);
+                written(y), written(dx), written(dw);
+            }
     }
     return faults ? 1 : 0;
 }
@@ -900,7 +963,7 @@ def test_kernels_stay_within_their_memory_and_read_nothing_unset(tmp_path):
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
     folder = Path(normfree.native.__file__).parent
-    sources = [folder / name for name in ("pointwise.cpp", "winograd.cpp", "conv1x1.cpp")]
+    sources = [folder / name for name in ("pointwise.cpp", "winograd.cpp", "strided.cpp", "conv1x1.cpp")]
     flags = ["-O1", "-march=native", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     compiler = os.environ.get("CXX", "c++")
     built = subprocess.run([compiler, *flags, source, *sources, "-o", program], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 // Gradients of filters and bias of a 1x1 convolution of stride 1: the matrix product dW = dY'X over all pixels.
 
+#include "gelu.h"
 #include "matmul.h"
 
 constexpr int64_t PIXELS = 512;   // packed at once
@@ -20,9 +21,10 @@ static void add_rows(int64_t depth, const float *a, float *sum) {
     for (int i = 0; i < ROWS; ++i) sum[i] += total[i];
 }
 
-// dw (out, in) and, if not null, dbias (out) of x (pixels, in) and dy (pixels, out); `in` is a multiple of LANES
+// dw (out, in) and, if not null, dbias (out) of x (pixels, in), or `activated` GELU(x), and dy (pixels, out); `in` is a
+// multiple of LANES
 extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels,
-                                            int64_t in, int64_t out, int32_t threads) {
+                                            int64_t in, int64_t out, int32_t activated, int32_t threads) {
     const int64_t panels = (out + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK;
     const int64_t columns = (in + COLUMNS - 1) / COLUMNS;
     const int64_t most = std::min(pixels, PIXELS);
@@ -49,7 +51,7 @@ extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy
             const int64_t width = std::min(COLUMNS, in - j * COLUMNS);
             for (int64_t k = 0; k < depth; ++k, to += COLUMNS) {
                 const float *from = x + (first + k) * in + j * COLUMNS;
-                for (int64_t c = 0; c < width; c += LANES) put(to + c, get(from + c));
+                copy(from, width, activated, to);
             }
         }
 #pragma omp for schedule(dynamic, 1)

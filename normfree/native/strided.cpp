@@ -1,9 +1,11 @@
-// Convolutions of any stride with several pixels to a filter: products of gathered pixels and the filter's places.
+// Convolutions of any stride: products of gathered pixels and the filter's places.
 //
 // Maps are (N, H, W, groups * channels) in memory, filters (groups * out, kh, kw, in); `in` and `out` are multiples of
 // LANES. Zeros around the input are never written down. The gradient of the input is, for each of the stride² kinds of
-// its pixels, the same sum over those places of the filter that reach such a pixel.
+// its pixels, the same sum over those places of the filter that reach such a pixel. As in winograd.cpp, a convolution may be
+// one of GELU(x).
 
+#include "gelu.h"
 #include "matmul.h"
 
 #include <vector>
@@ -31,22 +33,24 @@ static Pixel pixel(const Line &down, const Line &across, int64_t i) {
 
 // (pixels, size): of pixels begin to end, what they see of x from channel `first` on, `dy` and `dx` away
 static void gather(const Shape &map, const float *x, int64_t first, int64_t size, const Line &down, const Line &across,
-                   int64_t stride, int64_t dy, int64_t dx, int64_t begin, int64_t end, float *to) {
+                   int64_t stride, int64_t dy, int64_t dx, int64_t begin, int64_t end, bool activated, float *to) {
     for (int64_t i = begin; i < end; ++i, to += size) {
         const Pixel p = pixel(down, across, i);
         const int64_t y = p.y * stride + dy, at = p.x * stride + dx;
         if (y < 0 || y >= map.height || at < 0 || at >= map.width) std::fill_n(to, size, 0.0f);
-        else std::memcpy(to, x + ((p.image * map.height + y) * map.width + at) * map.channels + first, size * sizeof *to);
+        else copy(x + ((p.image * map.height + y) * map.width + at) * map.channels + first, size, activated, to);
     }
 }
 
-// The pixels (down x across) of y from those of x, `stride` apart; filters u (groups, kh * kw, in, out) of width kw
-static void convolve(const Shape &from, const Shape &to, const float *x, const float *u, const float *bias, float *y,
-                     int64_t groups, int64_t kh, int64_t kw, const Line &down, const Line &across, int64_t stride) {
+// The pixels (down x across) of y from those of x, `stride` apart; filters u (groups, kh * kw, in, out) of width kw.
+// With `seen`, which lies as y does, times GELU'(seen).
+static void convolve(const Shape &from, const Shape &to, const float *x, const float *u, const float *bias,
+                     const float *seen, float *y, int64_t groups, int64_t kh, int64_t kw, const Line &down,
+                     const Line &across, int64_t stride, bool activated) {
     const int64_t in = from.channels / groups, out = to.channels / groups;
     const int64_t pixels = from.images * down.count * across.count, blocks = (pixels + PIXELS - 1) / PIXELS;
-    const Scratch seen(PIXELS * in), sums(PIXELS * out);
-    std::fill_n(seen.get(), PIXELS * in, 0.0f);  // rows past the last pixel are computed, too
+    const Scratch inputs(PIXELS * in), sums(PIXELS * out);
+    std::fill_n(inputs.get(), PIXELS * in, 0.0f);  // rows past the last pixel are computed, too
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < groups * blocks; ++task) {
         const int64_t g = task / blocks, begin = task % blocks * PIXELS, end = std::min(begin + PIXELS, pixels);
@@ -56,15 +60,19 @@ static void convolve(const Shape &from, const Shape &to, const float *x, const f
             else std::fill_n(sums.get() + i * out, out, 0.0f);
         for (size_t i = 0; i < down.place.size(); ++i)
             for (size_t j = 0; j < across.place.size(); ++j) {
-                gather(from, x, g * in, in, down, across, stride, down.at[i], across.at[j], begin, end, seen.get());
+                gather(from, x, g * in, in, down, across, stride, down.at[i], across.at[j], begin, end, activated,
+                       inputs.get());
                 const int64_t place = down.place[i] * kw + across.place[j];
-                matmul<true>(rows, out, in, seen.get(), in, 1, u + (g * kh * kw + place) * in * out, out, sums.get(), out);
+                matmul<true>(rows, out, in, inputs.get(), in, 1, u + (g * kh * kw + place) * in * out, out, sums.get(),
+                             out);
             }
         for (int64_t i = begin; i < end; ++i) {
             const Pixel p = pixel(down, across, i);
             const int64_t row = p.image * to.height + down.first + p.y * down.step;
-            const int64_t at = row * to.width + across.first + p.x * across.step;
-            std::memcpy(y + at * to.channels + g * out, sums.get() + (i - begin) * out, out * sizeof *y);
+            const int64_t at = (row * to.width + across.first + p.x * across.step) * to.channels + g * out;
+            const float *sum = sums.get() + (i - begin) * out;
+            if (!seen) std::memcpy(y + at, sum, out * sizeof *y);
+            else for (int64_t c = 0; c < out; c += LANES) put(y + at + c, gelu_gradient(get(seen + at + c), get(sum + c)));
         }
     }
 }
@@ -101,30 +109,32 @@ static void pack(const float *w, float *u, int64_t groups, int64_t places, int64
 }
 
 // y (N, out_height, out_width, groups * out) of x (N, height, width, groups * in), w and bias (or null); `top` and
-// `left` zeros before x. Turned: x (N, height, width, ..) = the gradient of the input, of y = that of the output.
-extern "C" void normfree_strided(float *x, const float *w, const float *bias, float *y, int64_t images, int64_t height,
-                                 int64_t width, int64_t out_height, int64_t out_width, int64_t groups, int64_t in,
-                                 int64_t out, int64_t kh, int64_t kw, int64_t stride, int64_t top, int64_t left,
-                                 int32_t turned, int32_t threads) {
+// `left` zeros before x; `activated`: of GELU(x). Turned: x (N, height, width, ..) = the gradient of the input, of y = that
+// of the output; with `seen`, of the shape of x, which then is the gradient of GELU(seen), that of `seen`.
+extern "C" void normfree_strided(float *x, const float *w, const float *bias, const float *seen, float *y, int64_t images,
+                                 int64_t height, int64_t width, int64_t out_height, int64_t out_width, int64_t groups,
+                                 int64_t in, int64_t out, int64_t kh, int64_t kw, int64_t stride, int64_t top,
+                                 int64_t left, int32_t activated, int32_t turned, int32_t threads) {
     const Shape source{images, height, width, groups * in}, result{images, out_height, out_width, groups * out};
     const Scratch u(groups * kh * kw * in * out);
 #pragma omp parallel num_threads(threads)
     {
         pack(w, u.get(), groups, kh * kw, in, out, turned);
         if (!turned)
-            convolve(source, result, x, u.get(), bias, y, groups, kh, kw, outputs(out_height, kh, top),
-                     outputs(out_width, kw, left), stride);
+            convolve(source, result, x, u.get(), bias, nullptr, y, groups, kh, kw, outputs(out_height, kh, top),
+                     outputs(out_width, kw, left), stride, activated);
         for (int64_t i = 0; i < stride * stride && turned; ++i)
-            convolve(result, source, y, u.get(), nullptr, x, groups, kh, kw,
-                     inputs(height, kh, top, stride, i / stride), inputs(width, kw, left, stride, i % stride), 1);
+            convolve(result, source, y, u.get(), nullptr, seen, x, groups, kh, kw,
+                     inputs(height, kh, top, stride, i / stride), inputs(width, kw, left, stride, i % stride), 1, false);
     }
 }
 
-// dw (groups * out, kh, kw, in) of x and dy (N, out_height, out_width, groups * out)
+// dw (groups * out, kh, kw, in) of x, or `activated` GELU(x), and dy (N, out_height, out_width, groups * out)
 extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy, float *dw, int64_t images,
                                                  int64_t height, int64_t width, int64_t out_height, int64_t out_width,
                                                  int64_t groups, int64_t in, int64_t out, int64_t kh, int64_t kw,
-                                                 int64_t stride, int64_t top, int64_t left, int32_t threads) {
+                                                 int64_t stride, int64_t top, int64_t left, int32_t activated,
+                                                 int32_t threads) {
     const Shape from{images, height, width, groups * in}, to{images, out_height, out_width, groups * out};
     const Line down = outputs(out_height, kh, top), across = outputs(out_width, kw, left);
     const int64_t pixels = images * out_height * out_width, places = kh * kw;
@@ -142,7 +152,7 @@ extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy
             for (int64_t block = first; block < (part + 1) * blocks / parts; ++block) {
                 const int64_t begin = block * GRADIENT_PIXELS, end = std::min(begin + GRADIENT_PIXELS, pixels);
                 gather(from, x, g * in, in, down, across, stride, down.at[place / kw], across.at[place % kw], begin, end,
-                       seen.get());
+                       activated, seen.get());
                 for (int64_t i = begin; i < end; ++i)
                     std::memcpy(d.get() + (i - begin) * out, dy + i * to.channels + g * out, out * sizeof *dy);
                 (block > first ? matmul<true> : matmul<false>)(padded, in, end - begin, d.get(), 1, out, seen.get(), in,
