@@ -83,8 +83,7 @@ def shorten(
 ) -> tuple[RunConfig, tuple[Reason, ...]]:
     """The run with as many epochs as `MINUTES` allow where gradients of so many images a second are computed."""
     minutes = MINUTES[images.grey]
-    seconds = 0.8 * 60 * minutes  # the rest is for reading and evaluation
-    epochs = max(LEAST_EPOCHS, int(seconds * images_per_s / images.num_train))
+    epochs = max(LEAST_EPOCHS, int(run.optim.epochs * images_per_s / fast_enough(run, images)))
     if epochs >= run.optim.epochs:
         return run, reasons
     text = (
@@ -93,6 +92,11 @@ def shorten(
     others = tuple(reason for reason in reasons if reason.options != ("epochs",))
     optim = replace(run.optim, epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, epochs / 10))
     return replace(run, optim=optim), (*others, Reason(("epochs",), text))
+
+
+def fast_enough(run: RunConfig, images: Images) -> float:
+    """Images a second at which `MINUTES` allow all epochs; a quarter is for reading, evaluation and other programs."""
+    return run.optim.epochs * images.num_train / (0.75 * 60 * MINUTES[images.grey])
 
 
 Choice = tuple[ModelConfig, DataConfig, OptimConfig, tuple[Reason, ...]]

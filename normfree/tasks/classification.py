@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import statistics
 import sys
 import time
 from collections import Counter
@@ -43,7 +42,7 @@ from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, load, save
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
-from normfree.recipes.small import Images, Machine, Reason, choose, shorten
+from normfree.recipes.small import Images, Machine, Reason, choose, fast_enough, shorten
 from normfree.weights import ModelInfo
 
 EVAL_BATCH = 64
@@ -213,24 +212,33 @@ def choose_recipe(name: str | None, run: RunConfig) -> tuple[RunConfig, tuple[Re
     device = pick_device(run.machine.device)
     chosen, reasons = choose(path, seen, Machine(device.type, memory_gib(device)))
     if device.type == "cpu" and seen.are_small:
-        return shorten(chosen, reasons, seen, images_per_second(chosen, len(images.class_names)))
+        speed = images_per_second(chosen, len(images.class_names), fast_enough(chosen, seen))
+        return shorten(chosen, reasons, seen, speed)
     return chosen, reasons
 
 
-def images_per_second(run: RunConfig, num_classes: int) -> float:
-    """Of how many images the gradients are computed in a second on a CPU; measured in about three seconds."""
+def images_per_second(run: RunConfig, num_classes: int, enough: float) -> float:
+    """Of how many images the gradients are computed in a second on a CPU; measured in ten seconds.
+
+    In two, if these say more than twice `enough`. The mean, so that what other programs take counts.
+    """
     keep_freed_memory()
     m, px = run.model, run.data.train_px
     assert px is not None
     with torch.random.fork_rng(devices=[]):
         model = create_model(m.model, num_classes, m.in_channels, **m.overrides()).to(memory_format=torch.channels_last)
         images = torch.randn(run.optim.batch_size, m.in_channels, px, px).to(memory_format=torch.channels_last)
-    seconds = []
-    for _ in range(17):  # of which the first two are for kernels to be compiled and memory to be found
-        began = time.monotonic()
-        model(images).sum().backward()
-        seconds.append(time.monotonic() - began)
-    return len(images) / statistics.median(seconds[2:])
+
+    def measured(seconds: float) -> float:
+        began, count = time.monotonic(), 0
+        while time.monotonic() < began + seconds or not count:
+            model(images).sum().backward()
+            count += len(images)
+        return count / (time.monotonic() - began)
+
+    measured(1)  # kernels are compiled, memory is found
+    speed = measured(1)
+    return speed if speed > 2 * enough else measured(8)
 
 
 def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
