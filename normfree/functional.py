@@ -389,7 +389,7 @@ def _conv2d_gradients(
     """Those of input, weight and bias that are wanted, each by the fastest way; if `activated`, of one of gelu(x)."""
     stride, padding, dilation, groups = geometry
     dx = dweight = None
-    # else these are to be differentiated again
+    # with gradients enabled these are to be differentiated again
     native = native_for(x, grad, weight) if not torch.is_grad_enabled() else None
     few = native is not None and wanted[1] and _few_pixels(grad, weight, geometry, pads)
     if native and _winograd_fits(x, weight, geometry, pads):

@@ -80,7 +80,7 @@ def test_a_slow_machine_takes_fewer_epochs_and_says_so():
         run, reasons = choose("", images, CPU)
         assert shorten(run, reasons, images, 1e6) == (run, reasons)
         shorter, why = shorten(run, reasons, images, seen / 100)  # 100 s an epoch
-        assert shorter.optim.epochs == int(0.75 * minutes * 60 / 100) < run.optim.epochs
+        assert shorter.optim.epochs == int(0.72 * minutes * 60 / 100) < run.optim.epochs
         assert shorter.optim.warmup_epochs == min(1, shorter.optim.epochs / 10)
         assert replace(shorter, optim=run.optim) == run
         assert f"{shorter.optim.epochs} epochs: what {minutes} minutes allow" in why[-1].text

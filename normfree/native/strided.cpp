@@ -2,8 +2,10 @@
 //
 // Maps are (N, H, W, groups * channels) in memory, filters (groups * out, kh, kw, in); `in` and `out` are multiples of
 // LANES. Zeros around the input are never written down. The gradient of the input is, for each of the stride² kinds of
-// its pixels, the same sum over those places of the filter that reach such a pixel. As in winograd.cpp, a convolution may be
-// one of GELU(x).
+// its pixels, the same sum over those places of the filter that reach such a pixel.
+//
+// A convolution may be one of GELU(x), which is made of each pixel as it is gathered, and of its gradient as it is written:
+// worth it where a pixel is gathered once, by filters of one pixel.
 
 #include "gelu.h"
 #include "matmul.h"

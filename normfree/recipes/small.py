@@ -95,8 +95,8 @@ def shorten(
 
 
 def fast_enough(run: RunConfig, images: Images) -> float:
-    """Images a second at which `MINUTES` allow all epochs; a quarter is for reading, evaluation and other programs."""
-    return run.optim.epochs * images.num_train / (0.75 * 60 * MINUTES[images.grey])
+    """Images a second at which `MINUTES` allow all epochs; 28 % are for reading, evaluation and other programs."""
+    return run.optim.epochs * images.num_train / (0.72 * 60 * MINUTES[images.grey])
 
 
 Choice = tuple[ModelConfig, DataConfig, OptimConfig, tuple[Reason, ...]]
