@@ -388,19 +388,20 @@ def _conv2d_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of input, weight and bias that are wanted, each by the fastest way; if `activated`, of one of gelu(x)."""
     stride, padding, dilation, groups = geometry
-    dx = dweight = None
+    dx = dweight = dbias = None
     # with gradients enabled these are to be differentiated again
     native = native_for(x, grad, weight) if not torch.is_grad_enabled() else None
     few = native is not None and wanted[1] and _few_pixels(grad, weight, geometry, pads)
     if native and _winograd_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx = _winograd(grad, weight, None, groups, turned=True) if wanted[0] else None
-        dweight = _winograd_filter_gradient(x, grad, weight, groups) if wanted[1] else None
+        if wanted[1]:
+            dweight, dbias = _winograd_filter_gradient(x, grad, weight, groups, wanted[2])
     elif native and _strided_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx = _strided_input_gradient(x, grad, weight, geometry, pads, activated) if wanted[0] else None
         if wanted[1] and not few:
-            dweight = _strided_filter_gradient(x, grad, weight, geometry, pads, activated)
+            dweight, dbias = _strided_filter_gradient(x, grad, weight, geometry, pads, wanted[2], activated)
     elif wanted[0] or (wanted[1] and not few):
         made = F.gelu(x, approximate="tanh") if activated else x
         args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not few, False])
@@ -409,8 +410,8 @@ def _conv2d_gradients(
         dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh") if activated and dx is not None else dx
     if few:
         dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2], activated)
-    else:
-        dbias = grad.sum((0, 2, 3)) if wanted[2] else None
+    if wanted[2] and dbias is None:
+        dbias = grad.sum((0, 2, 3))
     return dx, dweight, dbias
 
 
@@ -432,7 +433,7 @@ def _conv1x1_filter_gradient(
     native = native_for(x, grad, weight)
     assert native
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
+    dweight, dbias = _empty_gradients(weight, biased)
     native.normfree_conv1x1_filter_gradient(
         *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias)),
         *(grad[:, 0].numel(), weight.shape[1], weight.shape[0], activated, torch.get_num_threads()),
@@ -504,15 +505,22 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _winograd_filter_gradient(x: Tensor, grad: Tensor, weight: Tensor, groups: int) -> Tensor:
-    native, dweight = native_for(x, grad), torch.empty_like(weight, memory_format=torch.channels_last)
+def _empty_gradients(weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
+    """For those of filters, in whose order they lie, and, if `biased`, of the bias."""
+    return torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
+
+
+def _winograd_filter_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, groups: int, biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    native, (dweight, dbias) = native_for(x, grad), _empty_gradients(weight, biased)
     assert native
     images, _, height, width = x.shape
     native.normfree_winograd_filter_gradient(
-        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), images, height, width, groups),
+        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias), images, height, width, groups),
         *(weight.shape[1], weight.shape[0] // groups, torch.get_num_threads()),
     )
-    return dweight
+    return dweight, dbias
 
 
 def _strided(
@@ -551,15 +559,16 @@ def _call_strided(
 
 
 def _strided_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, activated: bool
-) -> Tensor:
-    native, dweight = native_for(x, grad), torch.empty_like(weight, memory_format=torch.channels_last)
+    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, biased: bool, activated: bool
+) -> tuple[Tensor, Tensor | None]:
+    native, (dweight, dbias) = native_for(x, grad), _empty_gradients(weight, biased)
     assert native
     sizes, _ = _strided_sizes(x, weight, geometry, pads)
     native.normfree_strided_filter_gradient(
-        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), *sizes, activated, torch.get_num_threads()
+        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias)),
+        *(*sizes, activated, torch.get_num_threads()),
     )
-    return dweight
+    return dweight, dbias
 
 
 def _strided_sizes(

@@ -37,10 +37,10 @@ SIGNATURES = {
     "normfree_conv1x1_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int32,) * 2,
     "normfree_resample": (c_void_p, c_int64, c_int64, c_int32) + (c_float,) * 4 + (c_int64, c_int32, c_int32, c_void_p),
     "normfree_strided": (c_void_p,) * 5 + (c_int64,) * 13 + (c_int32,) * 3,
-    "normfree_strided_filter_gradient": (c_void_p,) * 3 + (c_int64,) * 13 + (c_int32,) * 2,
+    "normfree_strided_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 13 + (c_int32,) * 2,
     "normfree_winograd_filters": (c_void_p,) + (c_int64,) * 3 + (c_int32, c_void_p, c_int32),
     "normfree_winograd": (c_void_p,) * 4 + (c_int64,) * 6 + (c_int32,),
-    "normfree_winograd_filter_gradient": (c_void_p,) * 3 + (c_int64,) * 6 + (c_int32,),
+    "normfree_winograd_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 6 + (c_int32,),
 }
 
 

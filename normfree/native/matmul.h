@@ -21,6 +21,16 @@ class Scratch {
     float *get() const { return start; }
 };
 
+// sums (columns) += the sum of a (rows, columns) over its rows, sixteen of them at a time, which keeps rounding small
+static inline void add_columns(int64_t rows, int64_t columns, const float *a, float *sums) {
+    for (int64_t c = 0; c < columns; c += LANES)
+        for (int64_t i = 0; i < rows; i += 16) {
+            Vec part{};
+            for (int64_t k = i; k < std::min(i + 16, rows); ++k) part += get(a + k * columns + c);
+            put(sums + c, get(sums + c) + part);
+        }
+}
+
 // c (ROWS, N) = or += a (ROWS, depth) b (depth, N); element (i, k) of a lies at i * a_row + k * a_depth
 template <int N, bool add>
 static inline void product(int64_t depth, const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t ldb,

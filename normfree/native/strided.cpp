@@ -131,9 +131,10 @@ extern "C" void normfree_strided(float *x, const float *w, const float *bias, co
     }
 }
 
-// dw (groups * out, kh, kw, in) of x, or `activated` GELU(x), and dy (N, out_height, out_width, groups * out)
-extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy, float *dw, int64_t images,
-                                                 int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+// dw (groups * out, kh, kw, in) and, if not null, dbias (groups * out) of x, or `activated` GELU(x), and dy (N, out_height,
+// out_width, groups * out)
+extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
+                                                 int64_t images, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
                                                  int64_t groups, int64_t in, int64_t out, int64_t kh, int64_t kw,
                                                  int64_t stride, int64_t top, int64_t left, int32_t activated,
                                                  int32_t threads) {
@@ -143,7 +144,8 @@ extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy
     const int64_t blocks = (pixels + GRADIENT_PIXELS - 1) / GRADIENT_PIXELS;
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
     const int64_t parts = std::min(blocks, (32 + groups * places - 1) / (groups * places));  // for any number of threads
-    const Scratch sums(groups * places * parts * padded * in);
+    const Scratch sums(groups * places * parts * padded * in), biases(groups * parts * out);
+    std::fill_n(biases.get(), groups * parts * out, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
         const Scratch seen(GRADIENT_PIXELS * in), d(GRADIENT_PIXELS * out + ROWS);
@@ -157,12 +159,18 @@ extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy
                        activated, seen.get());
                 for (int64_t i = begin; i < end; ++i)
                     std::memcpy(d.get() + (i - begin) * out, dy + i * to.channels + g * out, out * sizeof *dy);
+                if (dbias && place == 0) add_columns(end - begin, out, d.get(), biases.get() + (g * parts + part) * out);
                 (block > first ? matmul<true> : matmul<false>)(padded, in, end - begin, d.get(), 1, out, seen.get(), in,
                                                                sums.get() + task * padded * in, in);
             }
         }
 #pragma omp for
-        for (int64_t o = 0; o < groups * out; ++o)
+        for (int64_t o = 0; o < groups * out; ++o) {
+            if (dbias) {
+                float bias = 0;
+                for (int64_t part = 0; part < parts; ++part) bias += biases.get()[(o / out * parts + part) * out + o % out];
+                dbias[o] = bias;
+            }
             for (int64_t place = 0; place < places; ++place)
                 for (int64_t c = 0; c < in; c += LANES) {
                     Vec sum{};
@@ -170,5 +178,6 @@ extern "C" void normfree_strided_filter_gradient(const float *x, const float *dy
                         sum += get(sums.get() + (((o / out * places + place) * parts + part) * padded + o % out) * in + c);
                     put(dw + (o * places + place) * in + c, sum);
                 }
+        }
     }
 }

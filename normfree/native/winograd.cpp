@@ -173,15 +173,17 @@ extern "C" void normfree_winograd(const float *x, const float *u, const float *b
     }
 }
 
-// dw (groups * out, 3, 3, in) of x (N, H, W, groups * in) and dy (N, H, W, groups * out)
-extern "C" void normfree_winograd_filter_gradient(const float *x, const float *dy, float *dw, int64_t images,
-                                                  int64_t height, int64_t width, int64_t groups, int64_t in,
-                                                  int64_t out, int32_t threads) {
+// dw (groups * out, 3, 3, in) and, if not null, dbias (groups * out) of x (N, H, W, groups * in) and dy (N, H, W,
+// groups * out)
+extern "C" void normfree_winograd_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
+                                                  int64_t images, int64_t height, int64_t width, int64_t groups,
+                                                  int64_t in, int64_t out, int32_t threads) {
     const Map from{images, height, width, groups * in}, to{images, height, width, groups * out};
     const int64_t tiles = from.tiles(), blocks = (tiles + GRADIENT_TILES - 1) / GRADIENT_TILES;
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
     const int64_t parts = std::min(blocks, (16 + groups - 1) / groups);  // whatever the number of threads
-    const Scratch sums(groups * parts * PLACES * padded * in);
+    const Scratch sums(groups * parts * PLACES * padded * in), biases(groups * parts * out);
+    std::fill_n(biases.get(), groups * parts * out, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
         const std::vector<float> zeros(std::max(in, out));
@@ -193,6 +195,8 @@ extern "C" void normfree_winograd_filter_gradient(const float *x, const float *d
                 const int64_t begin = block * GRADIENT_TILES, end = std::min(begin + GRADIENT_TILES, tiles);
                 transform<T, input_line>(from, x, g * in, in, begin, end, 1, zeros.data(), v.get(), GRADIENT_TILES);
                 transform<M, gradient_line>(to, dy, g * out, out, begin, end, 0, zeros.data(), d.get(), GRADIENT_TILES);
+                if (dbias)  // AdA' has the sum of a tile's pixels in its second row and column
+                    add_columns(end - begin, out, d.get() + (T + 1) * GRADIENT_TILES * out, biases.get() + task * out);
                 for (int i = 0; i < PLACES; ++i)  // (out, in) = or += (tiles, out)' (tiles, in)
                     (block > first ? matmul<true> : matmul<false>)(
                         padded, in, end - begin, d.get() + i * GRADIENT_TILES * out, 1, out,
@@ -202,6 +206,11 @@ extern "C" void normfree_winograd_filter_gradient(const float *x, const float *d
 #pragma omp for
         for (int64_t o = 0; o < groups * out; ++o) {
             const int64_t g = o / out, k = o % out;
+            if (dbias) {
+                float bias = 0;
+                for (int64_t part = 0; part < parts; ++part) bias += biases.get()[(g * parts + part) * out + k];
+                dbias[o] = bias;
+            }
             for (int64_t c = 0; c < in; c += LANES) {
                 Vec s[PLACES] = {}, w[9];
                 for (int64_t part = 0; part < parts; ++part)
