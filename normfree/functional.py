@@ -7,7 +7,6 @@ second derivative.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import CDLL
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from normfree.native import native_for
+from normfree.native import library, native_for
 
 Before = Callable[[Tensor], Tensor]
 Pads = tuple[int, int, int, int]  # zeros left, right, above, below, beside those of a convolution's own padding
@@ -29,6 +28,12 @@ def _eager() -> bool:
 
 def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _run(kernel: str, *args: Tensor | float | None) -> None:
+    """One of those that `native_for` has said to be there; of tensors it is told where they lie."""
+    function = getattr(library(), f"normfree_{kernel}")
+    function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args), torch.get_num_threads())
 
 
 def _placed_like(x: Tensor, like: Tensor) -> Tensor:
@@ -77,17 +82,14 @@ class _Standardize(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, *options: float) -> Tensor:
         scale, share, floor, extra = ctx.options = options
-        native = native_for(weight, gain)
         fits = _dense(weight) and weight.numel() and gain.is_contiguous() and gain.shape == weight.shape[:1]
-        if not native or not fits:
+        if not fits or not native_for(weight, gain):
             ctx.save_for_backward(weight, gain)
             return _standardize(weight, gain, *options)
         out, rows = torch.empty_like(weight), weight.shape[0]
         mean, r, bend = weight.new_empty(3, rows).unbind()
-        native.normfree_standardize(
-            *(weight.data_ptr(), gain.data_ptr(), scale, share, floor, extra, rows, weight.numel() // rows),
-            *(out.data_ptr(), mean.data_ptr(), r.data_ptr(), bend.data_ptr(), torch.get_num_threads()),
-        )
+        sizes = (rows, weight.numel() // rows)
+        _run("standardize", weight, gain, scale, share, floor, extra, *sizes, out, mean, r, bend)
         ctx.save_for_backward(weight, gain, mean, r, bend)
         return out
 
@@ -95,23 +97,16 @@ class _Standardize(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         weight, gain, *rows = ctx.saved_tensors
         grad, options = grads[0], ctx.options
-        native = native_for(grad) if rows and not torch.is_grad_enabled() else None
-        found = (
-            _by_rows(native, grad, weight, gain, rows, options[0]) if native else _closed(grad, weight, gain, *options)
-        )
+        native = rows and not torch.is_grad_enabled() and native_for(grad)
+        found = _by_rows(grad, weight, gain, rows, options[0]) if native else _closed(grad, weight, gain, *options)
         return *found, None, None, None, None
 
 
-def _by_rows(
-    native: CDLL, grad: Tensor, weight: Tensor, gain: Tensor, rows: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
+def _by_rows(grad: Tensor, weight: Tensor, gain: Tensor, rows: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """dW and dgain from mean, r and bend of each row, in one pass through memory."""
-    grad, num = _placed_like(grad, weight), weight.shape[0]
+    grad, sizes = _placed_like(grad, weight), (weight.shape[0], weight[0].numel())
     dweight, dgain = torch.empty_like(weight), torch.empty_like(gain)
-    native.normfree_standardize_gradient(
-        *(weight.data_ptr(), gain.data_ptr(), scale, *(row.data_ptr() for row in rows), grad.data_ptr()),
-        *(num, weight.numel() // num, dweight.data_ptr(), dgain.data_ptr(), torch.get_num_threads()),
-    )
+    _run("standardize_gradient", weight, gain, scale, *rows, grad, *sizes, dweight, dgain)
     return dweight, dgain
 
 
@@ -218,21 +213,35 @@ def gelu(x: Tensor) -> Tensor:
 class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        native, y = native_for(x), torch.empty_like(x)
-        assert native
-        native.normfree_gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
         ctx.save_for_backward(x)
-        return y
+        return _gelu(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,), (grad,) = ctx.saved_tensors, grads
-        native = native_for(grad)
-        if torch.is_grad_enabled() or not native:
-            return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        if torch.is_grad_enabled() or not native_for(grad):
+            return _gelu_gradient(grad, x)
         grad, dx = _placed_like(grad, x), torch.empty_like(x)
-        native.normfree_gelu_gradient(x.data_ptr(), grad.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
+        _run("gelu_gradient", x, grad, dx, x.numel())
         return dx
+
+
+def _gelu(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _run("gelu", x, y, x.numel())
+    return y
+
+
+def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU and its derivative, which have the exponential in common."""
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    _run("gelu_and_slope", x, y, slope, x.numel())
+    return y, slope
+
+
+def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """PyTorch's, differentiable."""
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
 def spatial_mean(x: Tensor) -> Tensor:
@@ -280,13 +289,11 @@ class _GatedSum(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x, gate), (grad,) = ctx.saved_tensors, grads
-        native = native_for(grad)
-        if torch.is_grad_enabled() or not native:
+        if torch.is_grad_enabled() or not native_for(grad):
             return grad, grad * gate, (grad * x).sum((2, 3), keepdim=True)
         grad, gate = grad.contiguous(memory_format=torch.channels_last), gate.contiguous()
         dx, dgate = torch.empty_like(x), torch.empty_like(gate)
-        pointers = (tensor.data_ptr() for tensor in (grad, x, gate, dx, dgate))
-        native.normfree_gate_gradient(*pointers, len(x), x[0, 0].numel(), x.shape[1], torch.get_num_threads())
+        _run("gate_gradient", grad, x, gate, dx, dgate, len(x), x[0, 0].numel(), x.shape[1])
         return grad, dx, dgate
 
 
@@ -316,7 +323,7 @@ def conv2d(
     geometry = (stride, padding, dilation, groups)
     eager = _eager() and x.ndim == 4  # not (in, H, W)
     autocast = eager and _autocast(x)
-    if eager and not autocast and recompute and _is_gelu(before) and _products_fit(x, weight, geometry, pads, bias):
+    if eager and not autocast and recompute and _is_gelu(before) and native_for(x) and _dense(x):
         return _Conv2d.apply(x, None, weight, bias, geometry, None, pads, True)
     made = before(x) if before else x
     if not eager:
@@ -368,103 +375,64 @@ class _Conv2d(Function):
         ctx.save_for_backward(made if source is None else source, weight)
         ctx.remake = None if source is None else before.forward if isinstance(before, nn.Module) else before
         ctx.geometry, ctx.pads, ctx.has_bias, ctx.activated = geometry, pads, bias is not None, activated
+        if _products_fit(made, weight, geometry, pads, bias):
+            return _conv1x1(made, weight, bias, activated=activated)
+        made = _gelu(made) if activated else made
         if _winograd_fits(made, weight, geometry, pads, bias):
-            return _winograd(made, weight, bias, geometry[3], turned=False)
-        if _strided_fits(made, weight, geometry, pads, bias):
-            return _strided(made, weight, bias, geometry, pads, activated)
+            return _winograd(made, weight, bias, geometry, pads)
         return F.conv2d(_padded(made, pads), weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        kept, weight = ctx.saved_tensors
-        made = ctx.remake(kept).to(weight.dtype) if ctx.remake else kept
+        (kept, weight), (grad,) = ctx.saved_tensors, grads
+        # with gradients enabled these are to be differentiated again
+        native = not torch.is_grad_enabled() and native_for(kept, grad, weight) is not None
+        within = native and _products_fit(kept, weight, ctx.geometry, ctx.pads)
+        made, slope = kept, None
+        if ctx.remake:
+            made = ctx.remake(kept).to(weight.dtype)
+        elif ctx.activated and not within:
+            made, slope = _gelu_and_slope(kept) if native else (F.gelu(kept, approximate="tanh"), None)
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]]
-        dmade, dweight, dbias = _conv2d_gradients(grads[0], made, weight, ctx.geometry, ctx.pads, wanted, ctx.activated)
-        return dmade, None, dweight, dbias, None, None, None, None
+        args = (grad, made, weight, ctx.geometry, ctx.pads, wanted, native, ctx.activated and within)
+        dx, dweight, dbias = _conv2d_gradients(*args)
+        if dx is not None and ctx.activated and not within:
+            dx = _gelu_gradient(dx, kept) if slope is None else dx.mul_(slope)
+        return dx, None, dweight, dbias, None, None, None, None
 
 
 def _conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, wanted: list[bool], activated: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Any,
+    pads: Pads | None,
+    wanted: list[bool],
+    native: bool,
+    activated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of input, weight and bias that are wanted, each by the fastest way; if `activated`, of one of gelu(x)."""
     stride, padding, dilation, groups = geometry
     dx = dweight = dbias = None
-    # with gradients enabled these are to be differentiated again
-    native = native_for(x, grad, weight) if not torch.is_grad_enabled() else None
-    few = native is not None and wanted[1] and _few_pixels(grad, weight, geometry, pads)
+    few = native and wanted[1] and _few_pixels(grad, weight, geometry, pads)
     if native and _winograd_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = _winograd(grad, weight, None, groups, turned=True) if wanted[0] else None
+        dx = _winograd_input_gradient(x, grad, weight, geometry, pads) if wanted[0] else None
         if wanted[1]:
-            dweight, dbias = _winograd_filter_gradient(x, grad, weight, groups, wanted[2])
-    elif native and _strided_fits(x, weight, geometry, pads):
+            dweight, dbias = _winograd_filter_gradient(x, grad, weight, geometry, pads, wanted[2])
+    elif native and _products_fit(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = _strided_input_gradient(x, grad, weight, geometry, pads, activated) if wanted[0] else None
-        if wanted[1] and not few:
-            dweight, dbias = _strided_filter_gradient(x, grad, weight, geometry, pads, wanted[2], activated)
+        few = wanted[1]
+        dx = _conv1x1(grad, weight, seen=x if activated else None, turned=True) if wanted[0] else None
     elif wanted[0] or (wanted[1] and not few):
-        made = F.gelu(x, approximate="tanh") if activated else x
         args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not few, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(made, pads), weight, *args)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(x, pads), weight, *args)
         dx = F.pad(dx, [-n for n in pads]) if pads and dx is not None else dx
-        dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh") if activated and dx is not None else dx
     if few:
         dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2], activated)
     if wanted[2] and dbias is None:
         dbias = grad.sum((0, 2, 3))
     return dx, dweight, dbias
-
-
-def _pointwise(weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
-    """Whether a convolution is a matrix product for each pixel."""
-    stride, padding, _, groups = geometry
-    return weight[0, 0].numel() == groups == 1 and (stride, padding) == ((1, 1), (0, 0)) and not pads
-
-
-def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
-    """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
-    return _pointwise(weight, geometry, pads) and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
-
-
-def _conv1x1_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, biased: bool, activated: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dW (out, in, 1, 1) and, if `biased`, the bias's gradient of a 1x1 convolution, in one pass over the pixels."""
-    native = native_for(x, grad, weight)
-    assert native
-    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    dweight, dbias = _empty_gradients(weight, biased)
-    native.normfree_conv1x1_filter_gradient(
-        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias)),
-        *(grad[:, 0].numel(), weight.shape[1], weight.shape[0], activated, torch.get_num_threads()),
-    )
-    return dweight, dbias
-
-
-def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
-    stride, padding, dilation, groups = geometry
-    square = weight.shape[2:] == (3, 3) and stride == padding == dilation == (1, 1) and not pads
-    return square and _kernel_fits(x, weight, groups, bias)
-
-
-def _products_fit(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
-    """Whether this is a 1x1 convolution for our kernels: so small that what oneDNN does beside the products counts."""
-    small = weight.numel() <= 2**18 and x[:, 0].numel() * weight.numel() <= 2**27
-    return (
-        small
-        and min(weight.shape[:2]) >= 32
-        and _pointwise(weight, geometry, pads)
-        and _kernel_fits(x, weight, 1, bias)
-    )
-
-
-def _strided_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
-    stride, _, dilation, groups = geometry
-    strided = stride[0] == stride[1] > 1 and dilation == (1, 1) and weight.shape[2:].numel() > 1
-    wide = min(weight.shape[0] // groups, weight.shape[1]) >= 32  # else oneDNN is faster
-    if not strided:
-        return _products_fit(x, weight, geometry, pads, bias)
-    return wide and _kernel_fits(x, weight, groups, bias) and min(_strided_sizes(x, weight, geometry, pads)[1]) > 0
 
 
 def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) -> bool:
@@ -483,103 +451,100 @@ def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) ->
     )
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, turned: bool) -> Tensor:
-    """The convolution of x, or if `turned` the gradient of its input, of which x then is that of the output."""
-    native, threads = native_for(x, weight), torch.get_num_threads()
-    assert native
-    images, _, height, width = x.shape
-    size, out = weight.shape[1], weight.shape[0] // groups
-    filters = weight.new_empty(groups, 16, size, out)
-    native.normfree_winograd_filters(weight.data_ptr(), groups, size, out, turned, filters.data_ptr(), threads)
-    inputs, outputs = (out, size) if turned else (size, out)
-    shape = (images, groups * outputs, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    native.normfree_winograd(
-        *(x.data_ptr(), filters.data_ptr(), _address(bias), y.data_ptr()),
-        *(images, height, width, groups, inputs, outputs, threads),
-    )
-    return y
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _empty_gradients(weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
     """For those of filters, in whose order they lie, and, if `biased`, of the bias."""
     return torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
 
 
-def _winograd_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, groups: int, biased: bool
-) -> tuple[Tensor, Tensor | None]:
-    native, (dweight, dbias) = native_for(x, grad), _empty_gradients(weight, biased)
-    assert native
-    images, _, height, width = x.shape
-    native.normfree_winograd_filter_gradient(
-        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias), images, height, width, groups),
-        *(weight.shape[1], weight.shape[0] // groups, torch.get_num_threads()),
+def _pointwise(weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
+    """Whether a convolution is a matrix product for each pixel."""
+    stride, padding, _, groups = geometry
+    return weight[0, 0].numel() == groups == 1 and (stride, padding) == ((1, 1), (0, 0)) and not pads
+
+
+def _products_fit(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
+    """Whether this is a 1x1 convolution for our kernels: so small that what oneDNN does beside the products counts."""
+    small = weight.numel() <= 2**18 and x[:, 0].numel() * weight.numel() <= 2**27
+    return (
+        small
+        and min(weight.shape[:2]) >= 32
+        and _pointwise(weight, geometry, pads)
+        and _kernel_fits(x, weight, 1, bias)
     )
-    return dweight, dbias
 
 
-def _strided(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None, activated: bool
+def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
+    """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
+    return _pointwise(weight, geometry, pads) and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
+
+
+def _conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seen: Tensor | None = None,
+    activated: bool = False,
+    turned: bool = False,
 ) -> Tensor:
-    sizes, shape = _strided_sizes(x, weight, geometry, pads)
-    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _call_strided(x, weight, bias, None, y, sizes, activated, turned=False)
+    """The convolution of x, or of gelu(x); `turned`, the gradient of its input from that of its output, x.
+
+    With `seen` the input is gelu(`seen`), and the gradient is that of `seen`.
+    """
+    out, size = weight.shape[:2]
+    images, _, height, width = x.shape
+    sizes = (out, size) if turned else (size, out)
+    y = torch.empty(images, sizes[1], height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _run("conv1x1", x, weight, bias, seen, y, images * height * width, *sizes, activated, turned)
     return y
 
 
-def _strided_input_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, activated: bool
-) -> Tensor:
-    dx, seen = torch.empty_like(x), x if activated else None
-    _call_strided(dx, weight, None, seen, grad, _strided_sizes(x, weight, geometry, pads)[0], False, turned=True)
-    return dx
-
-
-def _call_strided(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seen: Tensor | None,
-    y: Tensor,
-    sizes: tuple[int, ...],
-    activated: bool,
-    turned: bool,
-) -> None:
-    native = native_for(x, weight, y)
-    assert native
-    native.normfree_strided(
-        *(x.data_ptr(), weight.data_ptr(), _address(bias), _address(seen), y.data_ptr()),
-        *(*sizes, activated, turned, torch.get_num_threads()),
-    )
-
-
-def _strided_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, biased: bool, activated: bool
+def _conv1x1_filter_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, biased: bool, activated: bool
 ) -> tuple[Tensor, Tensor | None]:
-    native, (dweight, dbias) = native_for(x, grad), _empty_gradients(weight, biased)
-    assert native
-    sizes, _ = _strided_sizes(x, weight, geometry, pads)
-    native.normfree_strided_filter_gradient(
-        *(x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), _address(dbias)),
-        *(*sizes, activated, torch.get_num_threads()),
-    )
+    """dW (out, in, 1, 1) and, if `biased`, the bias's gradient of a 1x1 convolution, in one pass over the pixels."""
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    dweight, dbias = _empty_gradients(weight, biased)
+    sizes = (grad[:, 0].numel(), weight.shape[1], weight.shape[0])
+    _run("conv1x1_filter_gradient", x, grad, dweight, dbias, *sizes, activated)
     return dweight, dbias
 
 
-def _strided_sizes(
+def _winograd_fits(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
+    stride, _, dilation, groups = geometry
+    square = weight.shape[2:] == (3, 3) and stride in ((1, 1), (2, 2)) and dilation == (1, 1)
+    return square and _kernel_fits(x, weight, groups, bias) and min(_winograd_sizes(x, weight, geometry, pads)[1]) > 0
+
+
+def _winograd_sizes(
     x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the kernels are told of a convolution, and the shape of its output."""
     (stride, _), (rows, columns), _, groups = geometry
     left, right, top, bottom = pads or (0, 0, 0, 0)
     images, _, height, width = x.shape
-    out, size, kh, kw = weight.shape
-    out_height = (height + 2 * rows + top + bottom - kh) // stride + 1
-    out_width = (width + 2 * columns + left + right - kw) // stride + 1
+    out, size = weight.shape[:2]
+    out_height = (height + 2 * rows + top + bottom - 3) // stride + 1
+    out_width = (width + 2 * columns + left + right - 3) // stride + 1
     maps = (images, height, width, out_height, out_width, groups, size, out // groups)
-    return (*maps, kh, kw, stride, top + rows, left + columns), (images, out, out_height, out_width)
+    return (*maps, stride, top + rows, left + columns), (images, out, out_height, out_width)
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None) -> Tensor:
+    sizes, shape = _winograd_sizes(x, weight, geometry, pads)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _run("winograd", x, weight, bias, y, *sizes, False)
+    return y
+
+
+def _winograd_input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
+    dx, (sizes, _) = torch.empty_like(x), _winograd_sizes(x, weight, geometry, pads)
+    _run("winograd", dx, weight, None, grad, *sizes, True)
+    return dx
+
+
+def _winograd_filter_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    (dweight, dbias), (sizes, _) = _empty_gradients(weight, biased), _winograd_sizes(x, weight, geometry, pads)
+    _run("winograd_filter_gradient", x, grad, dweight, dbias, *sizes)
+    return dweight, dbias

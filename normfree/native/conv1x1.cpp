@@ -1,12 +1,48 @@
-// Gradients of filters and bias of a 1x1 convolution of stride 1: the matrix product dW = dY'X over all pixels.
+// 1x1 convolutions of stride 1, which are a matrix product for each pixel, and of filters and bias over all pixels.
+//
+// A convolution may be one of GELU(x), which is made of each pixel as it is read, and of its gradient as it is written.
 
 #include "gelu.h"
 #include "matmul.h"
 
-constexpr int64_t PIXELS = 512;   // packed at once
+constexpr int64_t BATCH = 48;     // pixels in flight: they stay in the first-level cache
+constexpr int64_t PART = 192;     // for gradients of few filters
+constexpr int64_t PIXELS = 512;   // for those of many, packed at once
 constexpr int64_t DEPTH = 128;    // of them, in one product: a panel of X then stays in the first-level cache
 constexpr int64_t BLOCK = 32;     // panels of dY in one task
 constexpr int64_t COLUMNS = WIDE * LANES;
+
+// y (pixels, out) of x (pixels, in), or `activated` GELU(x), and w (out, in), or `turned` (in, out), + bias (or null); with
+// `seen` (pixels, out) times GELU'(seen). `in` and `out` are multiples of LANES.
+extern "C" void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *seen, float *y,
+                                 int64_t pixels, int64_t in, int64_t out, int32_t activated, int32_t turned,
+                                 int32_t threads) {
+    const int64_t batches = (pixels + BATCH - 1) / BATCH;
+    const Scratch columns(turned ? 0 : in * out);  // w in the order of its turned one
+    const float *const u = turned ? w : columns.get();
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch inputs(BATCH * in), sums(BATCH * out);
+        std::fill_n(inputs.get(), BATCH * in, 0.0f);  // rows past the last pixel are computed, too
+#pragma omp for
+        for (int64_t o = 0; o < out; o += LANES)
+            for (int64_t c = 0; c < in && !turned; ++c)
+                for (int64_t l = 0; l < LANES; ++l) columns.get()[c * out + o + l] = w[(o + l) * in + c];
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < batches; ++task) {
+            const int64_t begin = task * BATCH, num = std::min(BATCH, pixels - begin);
+            copy(x + begin * in, num * in, activated, inputs.get());
+            for (int64_t i = 0; i < num; ++i)
+                if (bias) std::copy_n(bias, out, sums.get() + i * out);
+                else std::fill_n(sums.get() + i * out, out, 0.0f);
+            matmul<true>((num + ROWS - 1) / ROWS * ROWS, out, in, inputs.get(), in, 1, u, out, sums.get(), out);
+            const float *sum = sums.get(), *at = seen ? seen + begin * out : nullptr;
+            float *to = y + begin * out;
+            if (!seen) std::memcpy(to, sum, num * out * sizeof *y);
+            else for (int64_t i = 0; i < num * out; i += LANES) put(to + i, gelu_gradient(get(at + i), get(sum + i)));
+        }
+    }
+}
 
 // sum (ROWS) += the sum of a (depth, ROWS) over depth, in as many parts as there are lanes
 static void add_rows(int64_t depth, const float *a, float *sum) {
@@ -21,10 +57,45 @@ static void add_rows(int64_t depth, const float *a, float *sum) {
     for (int i = 0; i < ROWS; ++i) sum[i] += total[i];
 }
 
-// dw (out, in) and, if not null, dbias (out) of x (pixels, in), or `activated` GELU(x), and dy (pixels, out); `in` is a
-// multiple of LANES
-extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels,
-                                            int64_t in, int64_t out, int32_t activated, int32_t threads) {
+// The sums of each thread are over some of the pixels: for few filters.
+static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in, int64_t out,
+                      bool activated, int32_t threads) {
+    const int64_t blocks = (pixels + PART - 1) / PART, parts = std::min<int64_t>(blocks, 32);  // for any number of threads
+    const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
+    const Scratch sums(parts * padded * in), biases(parts * out);
+    std::fill_n(biases.get(), parts * out, 0.0f);
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch seen(PART * in), d(PART * out + ROWS);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = part * blocks / parts;
+            for (int64_t block = first; block < (part + 1) * blocks / parts; ++block) {
+                const int64_t begin = block * PART, num = std::min(PART, pixels - begin);
+                copy(x + begin * in, num * in, activated, seen.get());
+                std::copy_n(dy + begin * out, num * out, d.get());
+                add_columns(num, out, d.get(), biases.get() + part * out);
+                (block > first ? matmul<true> : matmul<false>)(padded, in, num, d.get(), 1, out, seen.get(), in,
+                                                               sums.get() + part * padded * in, in);
+            }
+        }
+#pragma omp for
+        for (int64_t o = 0; o < out; ++o) {
+            float bias = 0;
+            for (int64_t part = 0; part < parts; ++part) bias += biases.get()[part * out + o];
+            if (dbias) dbias[o] = bias;
+            for (int64_t c = 0; c < in; c += LANES) {
+                Vec sum{};
+                for (int64_t part = 0; part < parts; ++part) sum += get(sums.get() + (part * padded + o) * in + c);
+                put(dw + o * in + c, sum);
+            }
+        }
+    }
+}
+
+// Each thread has some of the filters, of which there are many.
+static void by_filters(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in, int64_t out,
+                       bool activated, int32_t threads) {
     const int64_t panels = (out + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK;
     const int64_t columns = (in + COLUMNS - 1) / COLUMNS;
     const int64_t most = std::min(pixels, PIXELS);
@@ -75,4 +146,12 @@ extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy
         }
     }
     if (dbias) std::copy_n(sums.get(), out, dbias);
+}
+
+// dw (out, in) and, if not null, dbias (out) of x (pixels, in), or `activated` GELU(x), and dy (pixels, out); `in` is a
+// multiple of LANES
+extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels,
+                                                 int64_t in, int64_t out, int32_t activated, int32_t threads) {
+    const bool few = in * out <= 32 * pixels && out % LANES == 0;
+    (few ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, activated, threads);
 }
