@@ -81,7 +81,7 @@ class _Standardize(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, *options: float) -> Tensor:
-        scale, share, floor, extra = ctx.options = options
+        scale, share, floor, extra = ctx.options = (float(options[0]), *options[1:])  # a tensor in converted networks
         fits = _dense(weight) and weight.numel() and gain.is_contiguous() and gain.shape == weight.shape[:1]
         if not fits or not native_for(weight, gain):
             ctx.save_for_backward(weight, gain)
@@ -214,34 +214,21 @@ class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _gelu(x)
+        y = torch.empty_like(x)
+        _run("gelu", x, y, x.numel())
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        if torch.is_grad_enabled() or not native_for(grad):
-            return _gelu_gradient(grad, x)
-        grad, dx = _placed_like(grad, x), torch.empty_like(x)
-        _run("gelu_gradient", x, grad, dx, x.numel())
-        return dx
-
-
-def _gelu(x: Tensor) -> Tensor:
-    y = torch.empty_like(x)
-    _run("gelu", x, y, x.numel())
-    return y
-
-
-def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU and its derivative, which have the exponential in common."""
-    y, slope = torch.empty_like(x), torch.empty_like(x)
-    _run("gelu_and_slope", x, y, slope, x.numel())
-    return y, slope
+        return _gelu_gradient(grads[0], *ctx.saved_tensors)
 
 
 def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """PyTorch's, differentiable."""
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    if torch.is_grad_enabled() or not native_for(grad, x) or not _dense(x):
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    grad, dx = _placed_like(grad, x), torch.empty_like(x)
+    _run("gelu_gradient", x, grad, dx, x.numel())
+    return dx
 
 
 def spatial_mean(x: Tensor) -> Tensor:
@@ -323,7 +310,7 @@ def conv2d(
     geometry = (stride, padding, dilation, groups)
     eager = _eager() and x.ndim == 4  # not (in, H, W)
     autocast = eager and _autocast(x)
-    if eager and not autocast and recompute and _is_gelu(before) and native_for(x) and _dense(x):
+    if eager and not autocast and recompute and _is_gelu(before) and native_for(x):
         return _Conv2d.apply(x, None, weight, bias, geometry, None, pads, True)
     made = before(x) if before else x
     if not eager:
@@ -377,7 +364,7 @@ class _Conv2d(Function):
         ctx.geometry, ctx.pads, ctx.has_bias, ctx.activated = geometry, pads, bias is not None, activated
         if _products_fit(made, weight, geometry, pads, bias):
             return _conv1x1(made, weight, bias, activated=activated)
-        made = _gelu(made) if activated else made
+        made = gelu(made) if activated else made
         if _winograd_fits(made, weight, geometry, pads, bias):
             return _winograd(made, weight, bias, geometry, pads)
         return F.conv2d(_padded(made, pads), weight, bias, *geometry)
@@ -385,19 +372,9 @@ class _Conv2d(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (kept, weight), (grad,) = ctx.saved_tensors, grads
-        # with gradients enabled these are to be differentiated again
-        native = not torch.is_grad_enabled() and native_for(kept, grad, weight) is not None
-        within = native and _products_fit(kept, weight, ctx.geometry, ctx.pads)
-        made, slope = kept, None
-        if ctx.remake:
-            made = ctx.remake(kept).to(weight.dtype)
-        elif ctx.activated and not within:
-            made, slope = _gelu_and_slope(kept) if native else (F.gelu(kept, approximate="tanh"), None)
+        made = ctx.remake(kept).to(weight.dtype) if ctx.remake else kept
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]]
-        args = (grad, made, weight, ctx.geometry, ctx.pads, wanted, native, ctx.activated and within)
-        dx, dweight, dbias = _conv2d_gradients(*args)
-        if dx is not None and ctx.activated and not within:
-            dx = _gelu_gradient(dx, kept) if slope is None else dx.mul_(slope)
+        dx, dweight, dbias = _conv2d_gradients(grad, made, weight, ctx.geometry, ctx.pads, wanted, ctx.activated)
         return dx, None, dweight, dbias, None, None, None, None
 
 
@@ -408,28 +385,31 @@ def _conv2d_gradients(
     geometry: Any,
     pads: Pads | None,
     wanted: list[bool],
-    native: bool,
     activated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of input, weight and bias that are wanted, each by the fastest way; if `activated`, of one of gelu(x)."""
     stride, padding, dilation, groups = geometry
     dx = dweight = dbias = None
-    few = native and wanted[1] and _few_pixels(grad, weight, geometry, pads)
+    # with gradients enabled these are to be differentiated again
+    native = not torch.is_grad_enabled() and native_for(x, grad, weight) is not None
     if native and _winograd_fits(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = _winograd_input_gradient(x, grad, weight, geometry, pads) if wanted[0] else None
+        dx = _winograd_input_gradient(x, grad, weight, geometry, pads, activated) if wanted[0] else None
         if wanted[1]:
-            dweight, dbias = _winograd_filter_gradient(x, grad, weight, geometry, pads, wanted[2])
+            made = gelu(x) if activated else x
+            dweight, dbias = _winograd_filter_gradient(made, grad, weight, geometry, pads, wanted[2])
     elif native and _products_fit(x, weight, geometry, pads):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        few = wanted[1]
         dx = _conv1x1(grad, weight, seen=x if activated else None, turned=True) if wanted[0] else None
-    elif wanted[0] or (wanted[1] and not few):
-        args = ([0], stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1] and not few, False])
-        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(x, pads), weight, *args)
-        dx = F.pad(dx, [-n for n in pads]) if pads and dx is not None else dx
-    if few:
-        dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2], activated)
+        if wanted[1]:
+            dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, wanted[2], activated)
+    elif wanted[0] or wanted[1]:
+        made = gelu(x) if activated else x
+        args = ([0], stride, padding, dilation, False, [0, 0], groups, [*wanted[:2], False])
+        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, _padded(made, pads), weight, *args)
+        if wanted[0]:
+            dx = F.pad(dx, [-n for n in pads]) if pads else dx
+            dx = _gelu_gradient(dx, x) if activated else dx
     if wanted[2] and dbias is None:
         dbias = grad.sum((0, 2, 3))
     return dx, dweight, dbias
@@ -456,26 +436,10 @@ def _empty_gradients(weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | Non
     return torch.empty_like(weight), weight.new_empty(weight.shape[0]) if biased else None
 
 
-def _pointwise(weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
-    """Whether a convolution is a matrix product for each pixel."""
-    stride, padding, _, groups = geometry
-    return weight[0, 0].numel() == groups == 1 and (stride, padding) == ((1, 1), (0, 0)) and not pads
-
-
 def _products_fit(x: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, bias: Tensor | None = None) -> bool:
-    """Whether this is a 1x1 convolution for our kernels: so small that what oneDNN does beside the products counts."""
-    small = weight.numel() <= 2**18 and x[:, 0].numel() * weight.numel() <= 2**27
-    return (
-        small
-        and min(weight.shape[:2]) >= 32
-        and _pointwise(weight, geometry, pads)
-        and _kernel_fits(x, weight, 1, bias)
-    )
-
-
-def _few_pixels(grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> bool:
-    """Whether this is a 1x1 convolution of small maps, whose filters oneDNN spends much of its time on rearranging."""
-    return _pointwise(weight, geometry, pads) and weight.shape[1] % 16 == 0 and 0 < grad[:, 0].numel() <= 1200
+    stride, padding, _, groups = geometry
+    pointwise = weight[0, 0].numel() == groups == 1 and (stride, padding) == ((1, 1), (0, 0)) and not pads
+    return pointwise and min(weight.shape[:2]) >= 32 and _kernel_fits(x, weight, 1, bias)
 
 
 def _conv1x1(
@@ -502,7 +466,6 @@ def _conv1x1_filter_gradient(
     x: Tensor, grad: Tensor, weight: Tensor, biased: bool, activated: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dW (out, in, 1, 1) and, if `biased`, the bias's gradient of a 1x1 convolution, in one pass over the pixels."""
-    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     dweight, dbias = _empty_gradients(weight, biased)
     sizes = (grad[:, 0].numel(), weight.shape[1], weight.shape[0])
     _run("conv1x1_filter_gradient", x, grad, dweight, dbias, *sizes, activated)
@@ -532,13 +495,15 @@ def _winograd_sizes(
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, pads: Pads | None) -> Tensor:
     sizes, shape = _winograd_sizes(x, weight, geometry, pads)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    _run("winograd", x, weight, bias, y, *sizes, False)
+    _run("winograd", x, weight, bias, None, y, *sizes, False)
     return y
 
 
-def _winograd_input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None) -> Tensor:
+def _winograd_input_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, geometry: Any, pads: Pads | None, activated: bool
+) -> Tensor:
     dx, (sizes, _) = torch.empty_like(x), _winograd_sizes(x, weight, geometry, pads)
-    _run("winograd", dx, weight, None, grad, *sizes, True)
+    _run("winograd", dx, weight, None, x if activated else None, grad, *sizes, True)
     return dx
 
 

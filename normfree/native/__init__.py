@@ -26,7 +26,6 @@ SIGNATURES = {
     "normfree_sweep": (c_void_p, c_int64, c_int32),
     "normfree_gelu": (c_void_p, c_void_p, c_int64, c_int32),
     "normfree_gelu_gradient": (c_void_p,) * 3 + (c_int64, c_int32),
-    "normfree_gelu_and_slope": (c_void_p,) * 3 + (c_int64, c_int32),
     "normfree_gate_gradient": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int32,),
     "normfree_standardize": (c_void_p,) * 2 + (c_float,) * 4 + (c_int64,) * 2 + (c_void_p,) * 4 + (c_int32,),
     "normfree_standardize_gradient": (c_void_p,) * 2
@@ -38,7 +37,7 @@ SIGNATURES = {
     "normfree_conv1x1_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int32,) * 2,
     "normfree_resample": (c_void_p, c_int64, c_int64, c_int32) + (c_float,) * 4 + (c_int64, c_int32, c_int32, c_void_p),
     "normfree_conv1x1": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int32,) * 3,
-    "normfree_winograd": (c_void_p,) * 4 + (c_int64,) * 11 + (c_int32,) * 2,
+    "normfree_winograd": (c_void_p,) * 5 + (c_int64,) * 11 + (c_int32,) * 2,
     "normfree_winograd_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 11 + (c_int32,),
 }
 

@@ -5,41 +5,73 @@
 #include "gelu.h"
 #include "matmul.h"
 
-constexpr int64_t BATCH = 48;     // pixels in flight: they stay in the first-level cache
+constexpr int64_t CACHED = 150000;  // inputs in flight: they stay in the second-level cache
+constexpr int64_t FEW = 600;      // pixels for which it does not pay to copy filters that lie well enough
 constexpr int64_t PART = 192;     // for gradients of few filters
-constexpr int64_t PIXELS = 512;   // for those of many, packed at once
-constexpr int64_t DEPTH = 128;    // of them, in one product: a panel of X then stays in the first-level cache
+constexpr int64_t PIXELS = 768;   // for those of many, packed at once
+constexpr int64_t DEPTH = 256;    // of a product at a time
 constexpr int64_t BLOCK = 32;     // panels of dY in one task
 constexpr int64_t COLUMNS = WIDE * LANES;
+
+// w (out, in), or `turned` (in, out), to panels (columns, in, COLUMNS) of what then are columns
+static void pack(const float *w, float *u, int64_t in, int64_t out, bool turned) {
+#pragma omp for
+    for (int64_t o = 0; o < out; o += LANES) {
+        float *to = u + o / COLUMNS * in * COLUMNS + o % COLUMNS;
+        for (int64_t c = 0; c < in; c += LANES) {
+            Vec block[LANES];
+            for (int l = 0; l < LANES && !turned; ++l) block[l] = get(w + (o + l) * in + c);
+            for (int i = 0; i < LANES; ++i) {
+                Vec row;
+                for (int l = 0; l < LANES && !turned; ++l) row[l] = block[l][i];
+                put(to + (c + i) * COLUMNS, turned ? get(w + (c + i) * out + o) : row);
+            }
+        }
+    }
+}
 
 // y (pixels, out) of x (pixels, in), or `activated` GELU(x), and w (out, in), or `turned` (in, out), + bias (or null); with
 // `seen` (pixels, out) times GELU'(seen). `in` and `out` are multiples of LANES.
 extern "C" void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *seen, float *y,
                                  int64_t pixels, int64_t in, int64_t out, int32_t activated, int32_t turned,
                                  int32_t threads) {
-    const int64_t batches = (pixels + BATCH - 1) / BATCH;
-    const Scratch columns(turned ? 0 : in * out);  // w in the order of its turned one
-    const float *const u = turned ? w : columns.get();
+    const int64_t panels = (out + COLUMNS - 1) / COLUMNS;
+    const int64_t most = std::max<int64_t>(8, std::min<int64_t>(32, CACHED / in / ROWS)) * ROWS;
+    const int64_t batch = std::min(most, std::max<int64_t>(8 * ROWS, (pixels / (4 * threads) + ROWS - 1) / ROWS * ROWS));
+    const bool packed = !turned || pixels > FEW;
+    const Scratch u(packed ? panels * in * COLUMNS : 0);
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch inputs(BATCH * in), sums(BATCH * out);
-        std::fill_n(inputs.get(), BATCH * in, 0.0f);  // rows past the last pixel are computed, too
-#pragma omp for
-        for (int64_t o = 0; o < out; o += LANES)
-            for (int64_t c = 0; c < in && !turned; ++c)
-                for (int64_t l = 0; l < LANES; ++l) columns.get()[c * out + o + l] = w[(o + l) * in + c];
+        if (packed) pack(w, u.get(), in, out, turned);
+        const Scratch inputs(batch * in);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < batches; ++task) {
-            const int64_t begin = task * BATCH, num = std::min(BATCH, pixels - begin);
-            copy(x + begin * in, num * in, activated, inputs.get());
-            for (int64_t i = 0; i < num; ++i)
-                if (bias) std::copy_n(bias, out, sums.get() + i * out);
-                else std::fill_n(sums.get() + i * out, out, 0.0f);
-            matmul<true>((num + ROWS - 1) / ROWS * ROWS, out, in, inputs.get(), in, 1, u, out, sums.get(), out);
-            const float *sum = sums.get(), *at = seen ? seen + begin * out : nullptr;
-            float *to = y + begin * out;
-            if (!seen) std::memcpy(to, sum, num * out * sizeof *y);
-            else for (int64_t i = 0; i < num * out; i += LANES) put(to + i, gelu_gradient(get(at + i), get(sum + i)));
+        for (int64_t begin = 0; begin < pixels; begin += batch) {
+            const int64_t num = std::min(batch, pixels - begin), whole = num / ROWS * ROWS;
+            const float *a = x + begin * in;
+            if (activated || whole < num) {
+                copy(a, num * in, activated, inputs.get());
+                if (whole < num) std::fill_n(inputs.get() + num * in, (whole + ROWS - num) * in, 0.0f);
+                a = inputs.get();
+            }
+            for (int64_t j = 0; j < out; j += COLUMNS) {
+                const int64_t width = std::min(COLUMNS, out - j);
+                float rest[ROWS * COLUMNS], *to = y + begin * out + j;
+                const auto row = [&](int64_t i) { return i < whole ? to + i * out : rest + (i - whole) * COLUMNS; };
+                for (int64_t i = 0; i < (whole < num ? whole + ROWS : num); ++i)
+                    if (bias) std::copy_n(bias + j, width, row(i));
+                    else std::fill_n(row(i), width, 0.0f);
+                for (int64_t k = 0; k < in; k += DEPTH) {
+                    const int64_t depth = std::min(DEPTH, in - k);
+                    const float *panel = packed ? u.get() + j * in + k * COLUMNS : w + k * out + j;
+                    const int64_t ldb = packed ? COLUMNS : out;
+                    matmul<true>(whole, width, depth, a + k, in, 1, panel, ldb, to, out);
+                    if (whole < num)
+                        matmul<true>(ROWS, width, depth, a + whole * in + k, in, 1, panel, ldb, rest, COLUMNS);
+                }
+                for (int64_t i = whole; i < num; ++i) std::copy_n(row(i), width, to + i * out);
+            }
+            for (int64_t i = begin * out; i < (begin + num) * out && seen; i += LANES)
+                put(y + i, gelu_gradient(get(seen + i), get(y + i)));
         }
     }
 }
@@ -105,16 +137,17 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < pixels; first += PIXELS) {
         const int64_t depth = std::min(PIXELS, pixels - first);
-#pragma omp for schedule(dynamic, 4) nowait
-        for (int64_t p = 0; p < panels; ++p) {  // (panels, depth, ROWS)
-            float *to = a.get() + p * ROWS * depth;
-            const int64_t rows = std::min<int64_t>(ROWS, out - p * ROWS);
-            for (int64_t k = 0; k < depth; ++k) {
-                const float *from = dy + (first + k) * out + p * ROWS;
-                if (rows == ROWS) std::memcpy(to + k * ROWS, from, ROWS * sizeof(float));
-                else for (int i = 0; i < ROWS; ++i) to[k * ROWS + i] = i < rows ? from[i] : 0;
-            }
-            add_rows(depth, to, sums.get() + p * ROWS);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t begin = 0; begin < panels; begin += 8) {  // (panels, depth, ROWS)
+            const int64_t end = std::min(begin + 8, panels);
+            for (int64_t k = 0; k < depth; ++k)
+                for (int64_t p = begin; p < end; ++p) {
+                    const float *from = dy + (first + k) * out + p * ROWS;
+                    float *to = a.get() + (p * depth + k) * ROWS;
+                    if ((p + 1) * ROWS <= out) std::memcpy(to, from, ROWS * sizeof *to);
+                    else for (int64_t i = 0; i < ROWS; ++i) to[i] = p * ROWS + i < out ? from[i] : 0;
+                }
+            for (int64_t p = begin; p < end; ++p) add_rows(depth, a.get() + p * ROWS * depth, sums.get() + p * ROWS);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t j = 0; j < columns; ++j) {  // (columns, depth, COLUMNS)
@@ -129,20 +162,15 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
         for (int64_t task = 0; task < columns * blocks; ++task) {
             const int64_t j = task / blocks, begin = task % blocks * BLOCK, end = std::min(begin + BLOCK, panels);
             const int64_t width = std::min(COLUMNS, in - j * COLUMNS);
-            for (int64_t k = 0; k < depth; k += DEPTH)
-                for (int64_t p = begin; p < end; ++p) {
-                    float tile[ROWS * COLUMNS], *c = dw + p * ROWS * in + j * COLUMNS;
-                    const bool whole = (p + 1) * ROWS <= out, add = first + k > 0;
-                    const int64_t rows = whole ? ROWS : out - p * ROWS, ldc = whole ? in : COLUMNS;
-                    if (!whole)
-                        for (int64_t i = 0; i < rows && add; ++i) std::copy_n(c + i * in, width, tile + i * ldc);
-                    (add ? matmul<true> : matmul<false>)(ROWS, width, std::min(DEPTH, depth - k),
-                                                         a.get() + (p * depth + k) * ROWS, 1, ROWS,
-                                                         b.get() + (j * depth + k) * COLUMNS, COLUMNS,
-                                                         whole ? c : tile, ldc);
-                    for (int64_t i = 0; i < rows && !whole; ++i)
-                        std::copy_n(tile + i * ldc, width, c + i * in);
-                }
+            for (int64_t p = begin; p < end; ++p) {
+                float tile[ROWS * COLUMNS], *c = dw + p * ROWS * in + j * COLUMNS;
+                const bool whole = (p + 1) * ROWS <= out, add = first > 0;
+                const int64_t rows = whole ? ROWS : out - p * ROWS, ldc = whole ? in : COLUMNS;
+                for (int64_t i = 0; i < rows && add && !whole; ++i) std::copy_n(c + i * in, width, tile + i * ldc);
+                (add ? matmul<true> : matmul<false>)(ROWS, width, depth, a.get() + p * depth * ROWS, 1, ROWS,
+                                                     b.get() + j * depth * COLUMNS, COLUMNS, whole ? c : tile, ldc);
+                for (int64_t i = 0; i < rows && !whole; ++i) std::copy_n(tile + i * ldc, width, c + i * in);
+            }
         }
     }
     if (dbias) std::copy_n(sums.get(), out, dbias);
@@ -152,6 +180,5 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
 // multiple of LANES
 extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels,
                                                  int64_t in, int64_t out, int32_t activated, int32_t threads) {
-    const bool few = in * out <= 32 * pixels && out % LANES == 0;
-    (few ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, activated, threads);
+    (in * out <= 8 * pixels ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, activated, threads);
 }

@@ -22,11 +22,10 @@ static inline Vec gelu_gate(Vec x) {
 
 static inline Vec gelu(Vec x, Vec) { return x * gelu_gate(x); }
 
-static inline Vec gelu_slope(Vec x, Vec gate) {
-    return gate * (1.0f + x * (1.0f - gate) * (x * x * 0.2140644488178f + 1.5957691216057308f));
+static inline Vec gelu_gradient(Vec x, Vec dy) {
+    const Vec gate = gelu_gate(x);
+    return dy * gate * (1.0f + x * (1.0f - gate) * (x * x * 0.2140644488178f + 1.5957691216057308f));
 }
-
-static inline Vec gelu_gradient(Vec x, Vec dy) { return dy * gelu_slope(x, gelu_gate(x)); }
 
 // `n` numbers, a multiple of LANES, or GELU of them
 static inline void copy(const float *from, int64_t n, bool activated, float *to) {

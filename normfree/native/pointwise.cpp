@@ -26,25 +26,6 @@ extern "C" void normfree_gelu(const float *x, float *y, int64_t n, int32_t threa
     map<gelu>(x, x, y, n, threads);
 }
 
-// y = GELU(x) and slope = GELU'(x)
-extern "C" void normfree_gelu_and_slope(const float *x, float *y, float *slope, int64_t n, int32_t threads) {
-    const auto put_both = [](const float *x, float *y, float *slope) {
-        const Vec at = get(x), gate = gelu_gate(at);
-        put(y, at * gate);
-        put(slope, gelu_slope(at, gate));
-    };
-    const int64_t whole = n / LANES * LANES;
-#pragma omp parallel for num_threads(threads) if (n > 16384)
-    for (int64_t i = 0; i < whole; i += LANES) put_both(x + i, y + i, slope + i);
-    if (whole < n) {
-        float a[LANES] = {}, b[LANES], c[LANES];
-        std::copy(x + whole, x + n, a);
-        put_both(a, b, c);
-        std::copy_n(b, n - whole, y + whole);
-        std::copy_n(c, n - whole, slope + whole);
-    }
-}
-
 extern "C" void normfree_gelu_gradient(const float *x, const float *dy, float *dx, int64_t n, int32_t threads) {
     map<gelu_gradient>(x, dy, dx, n, threads);
 }

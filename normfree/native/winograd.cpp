@@ -7,6 +7,7 @@
 // a side, which is F(2, 2), 3 products for 4, the latter one. All factors are 1, -1 and 1/2, and everything is float32; maps
 // are (N, H, W, C) in memory. All channels of a group are multiples of LANES, at most 16.
 
+#include "gelu.h"
 #include "matmul.h"
 
 #include <vector>
@@ -171,10 +172,11 @@ static void transform(const Map &map, const Grid &grid, const Tiles &tiles, cons
     }
 }
 
-// y of tiles begin to end from v (PLACES * PLACES, TILES, size): A'MA + bias
+// y of tiles begin to end from v (PLACES * PLACES, TILES, size): A'MA + bias; with `seen`, which lies as y does, times
+// GELU'(seen)
 template <class Side>
 static void outputs(const Map &map, const Grid &grid, const Tiles &tiles, float *y, int64_t first, int64_t size,
-                    int64_t begin, int64_t end, const float *bias, const float *v) {
+                    int64_t begin, int64_t end, const float *bias, const float *seen, const float *v) {
     constexpr int PLACES = Side::PLACES, OUT = Side::OUT;
     for (int64_t tile = begin; tile < end; ++tile) {
         float *at[OUT * OUT];
@@ -185,7 +187,7 @@ static void outputs(const Map &map, const Grid &grid, const Tiles &tiles, float 
             both<PLACES, OUT, Side::output>(d, e);
             const Vec add = bias ? get(bias + c) : Vec{};
             for (int i = 0; i < OUT * OUT; ++i)
-                if (at[i]) put(at[i] + c, e[i] + add);
+                if (at[i]) put(at[i] + c, seen ? gelu_gradient(get(seen + (at[i] - y) + c), e[i]) : e[i] + add);
         }
     }
 }
@@ -222,10 +224,10 @@ static void filters(const float *w, int64_t groups, int64_t in, int64_t out, boo
     }
 }
 
-// y = x * u (groups, 16, in, out) + bias (or null)
+// y = x * u (groups, 16, in, out) + bias (or null), or times GELU'(seen)
 template <class Side>
 static void convolve(const Map &from, const Grid &source, const Map &to, const Grid &result, const float *x,
-                     const float *u, const float *bias, float *y, int64_t groups) {
+                     const float *u, const float *bias, const float *seen, float *y, int64_t groups) {
     constexpr int ALL = Side::PLACES * Side::PLACES;
     const int64_t in = from.channels / groups, out = to.channels / groups;
     const Tiles tiles(to, result);
@@ -242,17 +244,18 @@ static void convolve(const Map &from, const Grid &source, const Map &to, const G
         for (int i = 0; i < ALL; ++i)
             matmul<false>(rows, out, in, v.get() + i * TILES * in, in, 1,
                           u + (g * KINDS * KINDS + kind<Side>(i)) * in * out, out, m.get() + i * TILES * out, out);
-        outputs<Side>(to, result, tiles, y, g * out, out, begin, end, bias ? bias + g * out : nullptr, m.get());
+        outputs<Side>(to, result, tiles, y, g * out, out, begin, end, bias ? bias + g * out : nullptr, seen,
+                      m.get());
     }
 }
 
 // y (N, out_height, out_width, groups * out) of x (N, height, width, groups * in), filters w (groups * out, 3, 3, in) and
 // bias (or null); stride 1 or 2, `top` and `left` zeros before x. Turned: x, the gradient of the input, of y, that of the
-// output.
-extern "C" void normfree_winograd(float *x, const float *w, const float *bias, float *y, int64_t images, int64_t height,
-                                  int64_t width, int64_t out_height, int64_t out_width, int64_t groups, int64_t in,
-                                  int64_t out, int64_t stride, int64_t top, int64_t left, int32_t turned,
-                                  int32_t threads) {
+// output; with `seen`, of the shape of x, which then is the gradient of GELU(seen), that of `seen`.
+extern "C" void normfree_winograd(float *x, const float *w, const float *bias, const float *seen, float *y,
+                                  int64_t images, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                                  int64_t groups, int64_t in, int64_t out, int64_t stride, int64_t top, int64_t left,
+                                  int32_t turned, int32_t threads) {
     const Map input{images, height, width, groups * in}, output{images, out_height, out_width, groups * out};
     const Scratch u(groups * KINDS * KINDS * in * out);
 #pragma omp parallel num_threads(threads)
@@ -260,11 +263,11 @@ extern "C" void normfree_winograd(float *x, const float *w, const float *bias, f
         (stride == 1 ? filters<Same> : filters<Half>)(w, groups, in, out, turned, u.get());
         if (!turned)
             (stride == 1 ? convolve<Same> : convolve<Half>)(input, {2 * stride, top, left}, output, {2, 0, 0}, x, u.get(),
-                                                            bias, y, groups);
+                                                            bias, nullptr, y, groups);
         else if (stride == 1)
-            convolve<Same>(output, {2, 2 - top, 2 - left}, input, {2, 0, 0}, y, u.get(), nullptr, x, groups);
+            convolve<Same>(output, {2, 2 - top, 2 - left}, input, {2, 0, 0}, y, u.get(), nullptr, seen, x, groups);
         else
-            convolve<Twice>(output, {2, 1, 1}, input, {4, top, left}, y, u.get(), nullptr, x, groups);
+            convolve<Twice>(output, {2, 1, 1}, input, {4, top, left}, y, u.get(), nullptr, seen, x, groups);
     }
 }
 
