@@ -81,7 +81,7 @@ class _Standardize(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, *options: float) -> Tensor:
-        scale, share, floor, extra = ctx.options = (float(options[0]), *options[1:])  # a tensor in converted networks
+        scale, *rest = ctx.options = options
         fits = _dense(weight) and weight.numel() and gain.is_contiguous() and gain.shape == weight.shape[:1]
         if not fits or not native_for(weight, gain):
             ctx.save_for_backward(weight, gain)
@@ -89,7 +89,7 @@ class _Standardize(Function):
         out, rows = torch.empty_like(weight), weight.shape[0]
         mean, r, bend = weight.new_empty(3, rows).unbind()
         sizes = (rows, weight.numel() // rows)
-        _run("standardize", weight, gain, scale, share, floor, extra, *sizes, out, mean, r, bend)
+        _run("standardize", weight, gain, float(scale), *rest, *sizes, out, mean, r, bend)  # converted: a tensor
         ctx.save_for_backward(weight, gain, mean, r, bend)
         return out
 
@@ -98,7 +98,9 @@ class _Standardize(Function):
         weight, gain, *rows = ctx.saved_tensors
         grad, options = grads[0], ctx.options
         native = rows and not torch.is_grad_enabled() and native_for(grad)
-        found = _by_rows(grad, weight, gain, rows, options[0]) if native else _closed(grad, weight, gain, *options)
+        found = (
+            _by_rows(grad, weight, gain, rows, float(options[0])) if native else _closed(grad, weight, gain, *options)
+        )
         return *found, None, None, None, None
 
 
