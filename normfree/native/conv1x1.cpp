@@ -5,27 +5,108 @@
 #include "gelu.h"
 #include "matmul.h"
 
+constexpr int64_t FEW = 300;        // pixels, of a convolution with LARGE filters
+constexpr int64_t LARGE = 1 << 17;
 constexpr int64_t CACHED = 150000;  // inputs in flight: they stay in the second-level cache
-constexpr int64_t FEW = 600;      // pixels for which it does not pay to copy filters that lie well enough
-constexpr int64_t PART = 192;     // for gradients of few filters
-constexpr int64_t PIXELS = 768;   // for those of many, packed at once
-constexpr int64_t DEPTH = 256;    // of a product at a time
-constexpr int64_t BLOCK = 32;     // panels of dY in one task
+constexpr int64_t PART = 192;       // for gradients of few filters
+constexpr int64_t PIXELS = 768;     // for those of many, packed at once
+constexpr int64_t DEPTH = 256;      // of a product at a time
+constexpr int64_t BLOCK = 32;       // panels of dY in one task
 constexpr int64_t COLUMNS = WIDE * LANES;
 
-// w (out, in), or `turned` (in, out), to panels (columns, in, COLUMNS) of what then are columns
-static void pack(const float *w, float *u, int64_t in, int64_t out, bool turned) {
-#pragma omp for
-    for (int64_t o = 0; o < out; o += LANES) {
-        float *to = u + o / COLUMNS * in * COLUMNS + o % COLUMNS;
+// `width` columns from `first` on of w (in, out), or, if not `turned`, rows of w (out, in): to u (in, COLUMNS)
+static void pack(const float *w, float *u, int64_t in, int64_t out, int64_t first, int64_t width, bool turned) {
+    for (int64_t o = 0; o < width; o += LANES)
         for (int64_t c = 0; c < in; c += LANES) {
             Vec block[LANES];
-            for (int l = 0; l < LANES && !turned; ++l) block[l] = get(w + (o + l) * in + c);
+            for (int l = 0; l < LANES && !turned; ++l) block[l] = get(w + (first + o + l) * in + c);
             for (int i = 0; i < LANES; ++i) {
                 Vec row;
                 for (int l = 0; l < LANES && !turned; ++l) row[l] = block[l][i];
-                put(to + (c + i) * COLUMNS, turned ? get(w + (c + i) * out + o) : row);
+                put(u + (c + i) * COLUMNS + o, turned ? get(w + (c + i) * out + first + o) : row);
             }
+        }
+}
+
+// y (num, width), whose rows lie `out` apart, = a (num, in) b (in, width) + bias (or null)
+static void multiply(int64_t num, int64_t width, int64_t in, const float *a, const float *b, int64_t ldb,
+                     const float *bias, float *y, int64_t out) {
+    float rest[ROWS * COLUMNS];  // of rows that are no multiple of ROWS
+    const int64_t whole = num / ROWS * ROWS;
+    const auto row = [&](int64_t i) { return i < whole ? y + i * out : rest + (i - whole) * COLUMNS; };
+    for (int64_t i = 0; i < whole + (whole < num ? ROWS : 0); ++i)
+        if (bias) std::copy_n(bias, width, row(i));
+        else std::fill_n(row(i), width, 0.0f);
+    for (int64_t k = 0; k < in; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, in - k);
+        matmul<true>(whole, width, depth, a + k, in, 1, b + k * ldb, ldb, y, out);
+        if (whole < num) matmul<true>(ROWS, width, depth, a + whole * in + k, in, 1, b + k * ldb, ldb, rest, COLUMNS);
+    }
+    for (int64_t i = whole; i < num; ++i) std::copy_n(row(i), width, y + i * out);
+}
+
+// y (num, width), whose rows lie `out` apart, times GELU'(seen)
+static void differentiate(int64_t num, int64_t width, const float *seen, float *y, int64_t out) {
+    for (int64_t i = 0; i < num; ++i)
+        for (int64_t c = i * out; c < i * out + width; c += LANES) put(y + c, gelu_gradient(get(seen + c), get(y + c)));
+}
+
+struct Convolution {
+    const float *x, *w, *bias, *seen;
+    float *y;
+    int64_t pixels, in, out;
+    bool activated, turned;
+};
+
+// Each thread has some of the filters, which are read once, and all pixels.
+static void few_pixels(const Convolution &c, int32_t threads) {
+    const int64_t padded = (c.pixels + ROWS - 1) / ROWS * ROWS;
+    const bool as_is = !c.activated && padded == c.pixels;
+    const Scratch inputs(as_is ? 0 : padded * c.in);
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch panel(c.in * COLUMNS);
+#pragma omp for
+        for (int64_t i = 0; i < padded; ++i)
+            if (i >= c.pixels) std::fill_n(inputs.get() + i * c.in, c.in, 0.0f);
+            else if (!as_is) copy(c.x + i * c.in, c.in, c.activated, inputs.get() + i * c.in);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t j = 0; j < c.out; j += COLUMNS) {
+            const int64_t width = std::min(COLUMNS, c.out - j);
+            if (!c.turned) pack(c.w, panel.get(), c.in, c.out, j, width, false);
+            multiply(c.pixels, width, c.in, as_is ? c.x : inputs.get(), c.turned ? c.w + j : panel.get(),
+                     c.turned ? c.out : COLUMNS, c.bias ? c.bias + j : nullptr, c.y + j, c.out);
+            if (c.seen) differentiate(c.pixels, width, c.seen + j, c.y + j, c.out);
+        }
+    }
+}
+
+// Each thread has some of the pixels, as many as stay in the second-level cache, and all filters, which lie in panels.
+static void many_pixels(const Convolution &c, int32_t threads) {
+    const int64_t most = std::max<int64_t>(8, std::min<int64_t>(32, CACHED / c.in / ROWS)) * ROWS;
+    const int64_t even = (c.pixels / (4 * threads) + ROWS - 1) / ROWS * ROWS;
+    const int64_t batch = std::min(most, std::max<int64_t>(8 * ROWS, even));
+    const Scratch panels((c.out + COLUMNS - 1) / COLUMNS * COLUMNS * c.in);
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch inputs(batch * c.in);
+#pragma omp for
+        for (int64_t j = 0; j < c.out; j += COLUMNS)
+            pack(c.w, panels.get() + j * c.in, c.in, c.out, j, std::min(COLUMNS, c.out - j), c.turned);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t begin = 0; begin < c.pixels; begin += batch) {
+            const int64_t num = std::min(batch, c.pixels - begin), padded = (num + ROWS - 1) / ROWS * ROWS;
+            const bool as_is = !c.activated && padded == num;
+            const float *x = c.x + begin * c.in;
+            if (!as_is) {
+                copy(x, num * c.in, c.activated, inputs.get());
+                std::fill_n(inputs.get() + num * c.in, (padded - num) * c.in, 0.0f);
+            }
+            float *y = c.y + begin * c.out;
+            for (int64_t j = 0; j < c.out; j += COLUMNS)
+                multiply(num, std::min(COLUMNS, c.out - j), c.in, as_is ? x : inputs.get(), panels.get() + j * c.in,
+                         COLUMNS, c.bias ? c.bias + j : nullptr, y + j, c.out);
+            if (c.seen) differentiate(num, c.out, c.seen + begin * c.out, y, c.out);
         }
     }
 }
@@ -35,45 +116,8 @@ static void pack(const float *w, float *u, int64_t in, int64_t out, bool turned)
 extern "C" void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *seen, float *y,
                                  int64_t pixels, int64_t in, int64_t out, int32_t activated, int32_t turned,
                                  int32_t threads) {
-    const int64_t panels = (out + COLUMNS - 1) / COLUMNS;
-    const int64_t most = std::max<int64_t>(8, std::min<int64_t>(32, CACHED / in / ROWS)) * ROWS;
-    const int64_t batch = std::min(most, std::max<int64_t>(8 * ROWS, (pixels / (4 * threads) + ROWS - 1) / ROWS * ROWS));
-    const bool packed = !turned || pixels > FEW;
-    const Scratch u(packed ? panels * in * COLUMNS : 0);
-#pragma omp parallel num_threads(threads)
-    {
-        if (packed) pack(w, u.get(), in, out, turned);
-        const Scratch inputs(batch * in);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t begin = 0; begin < pixels; begin += batch) {
-            const int64_t num = std::min(batch, pixels - begin), whole = num / ROWS * ROWS;
-            const float *a = x + begin * in;
-            if (activated || whole < num) {
-                copy(a, num * in, activated, inputs.get());
-                if (whole < num) std::fill_n(inputs.get() + num * in, (whole + ROWS - num) * in, 0.0f);
-                a = inputs.get();
-            }
-            for (int64_t j = 0; j < out; j += COLUMNS) {
-                const int64_t width = std::min(COLUMNS, out - j);
-                float rest[ROWS * COLUMNS], *to = y + begin * out + j;
-                const auto row = [&](int64_t i) { return i < whole ? to + i * out : rest + (i - whole) * COLUMNS; };
-                for (int64_t i = 0; i < (whole < num ? whole + ROWS : num); ++i)
-                    if (bias) std::copy_n(bias + j, width, row(i));
-                    else std::fill_n(row(i), width, 0.0f);
-                for (int64_t k = 0; k < in; k += DEPTH) {
-                    const int64_t depth = std::min(DEPTH, in - k);
-                    const float *panel = packed ? u.get() + j * in + k * COLUMNS : w + k * out + j;
-                    const int64_t ldb = packed ? COLUMNS : out;
-                    matmul<true>(whole, width, depth, a + k, in, 1, panel, ldb, to, out);
-                    if (whole < num)
-                        matmul<true>(ROWS, width, depth, a + whole * in + k, in, 1, panel, ldb, rest, COLUMNS);
-                }
-                for (int64_t i = whole; i < num; ++i) std::copy_n(row(i), width, to + i * out);
-            }
-            for (int64_t i = begin * out; i < (begin + num) * out && seen; i += LANES)
-                put(y + i, gelu_gradient(get(seen + i), get(y + i)));
-        }
-    }
+    const Convolution given{x, w, bias, seen, y, pixels, in, out, activated != 0, turned != 0};
+    (pixels <= FEW && in * out >= LARGE ? few_pixels : many_pixels)(given, threads);
 }
 
 // sum (ROWS) += the sum of a (depth, ROWS) over depth, in as many parts as there are lanes
