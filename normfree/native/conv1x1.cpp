@@ -111,8 +111,8 @@ static void many_pixels(const Convolution &c, int32_t threads) {
     }
 }
 
-// y (pixels, out) of x (pixels, in), or `activated` GELU(x), and w (out, in), or `turned` (in, out), + bias (or null); with
-// `seen` (pixels, out) times GELU'(seen). `in` and `out` are multiples of LANES.
+// y (pixels, out) of x (pixels, in), or `activated` GELU(x), and w (out, in), or `turned` (in, out), + bias (or null);
+// with `seen` (pixels, out) times GELU'(seen). `in` and `out` are multiples of LANES.
 extern "C" void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *seen, float *y,
                                  int64_t pixels, int64_t in, int64_t out, int32_t activated, int32_t turned,
                                  int32_t threads) {
@@ -136,7 +136,8 @@ static void add_rows(int64_t depth, const float *a, float *sum) {
 // The sums of each thread are over some of the pixels: for few filters.
 static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in, int64_t out,
                       bool activated, int32_t threads) {
-    const int64_t blocks = (pixels + PART - 1) / PART, parts = std::min<int64_t>(blocks, 32);  // for any number of threads
+    const int64_t blocks = (pixels + PART - 1) / PART;
+    const int64_t parts = std::min<int64_t>(blocks, 32);  // whatever the number of threads
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
     const Scratch sums(parts * padded * in), biases(parts * out);
     std::fill_n(biases.get(), parts * out, 0.0f);
@@ -170,8 +171,8 @@ static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, 
 }
 
 // Each thread has some of the filters, of which there are many.
-static void by_filters(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in, int64_t out,
-                       bool activated, int32_t threads) {
+static void by_filters(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in,
+                       int64_t out, bool activated, int32_t threads) {
     const int64_t panels = (out + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK;
     const int64_t columns = (in + COLUMNS - 1) / COLUMNS;
     const int64_t most = std::min(pixels, PIXELS);
@@ -222,7 +223,8 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
 
 // dw (out, in) and, if not null, dbias (out) of x (pixels, in), or `activated` GELU(x), and dy (pixels, out); `in` is a
 // multiple of LANES
-extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels,
-                                                 int64_t in, int64_t out, int32_t activated, int32_t threads) {
+extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
+                                                 int64_t pixels, int64_t in, int64_t out, int32_t activated,
+                                                 int32_t threads) {
     (in * out <= 8 * pixels ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, activated, threads);
 }

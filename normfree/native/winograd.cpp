@@ -1,11 +1,13 @@
 // 3x3 convolutions by Winograd's transforms: 16 products for what takes 36 at stride 1, 25 at stride 2.
 //
 // Lavin and Gray 2015 (arXiv 1509.09308). Tiles of inputs d give 2x2 outputs: the inputs become V = B'dB, the filters
-// U = GwG', and for each place of a tile the sum over channels is a small matrix product VU; the outputs are A'(VU)A. The
-// gradient of the input is such a convolution, too, with filters turned by 180 degrees; that of the filters is
-// G'(V'(AdA'))G. At stride 2 inputs of even and of odd place are apart: the former see two of a filter's three places along
-// a side, which is F(2, 2), 3 products for 4, the latter one. All factors are 1, -1 and 1/2, and everything is float32; maps
-// are (N, H, W, C) in memory. All channels of a group are multiples of LANES, at most 16.
+// U = GwG', and for each place of a tile the sum over channels is a small matrix product VU; the outputs are A'(VU)A.
+// The gradient of the input is such a convolution, too, with filters turned by 180 degrees; that of the filters is
+// G'(V'(AdA'))G. At stride 2 inputs of even and of odd place are apart: along a side the former see two of a filter's
+// three places, which is F(2, 2), 3 products for 4, the latter see one. All factors are 1, -1 and 1/2, and everything is
+// float32; maps are (N, H, W, C) in memory. All channels of a group are multiples of LANES, at most 16.
+//
+// The gradient of the input may be that of GELU's input, which is made as each pixel is written, once.
 
 #include "gelu.h"
 #include "matmul.h"
@@ -238,8 +240,8 @@ static void convolve(const Map &from, const Grid &source, const Map &to, const G
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < groups * blocks; ++task) {
         const int64_t g = task / blocks, begin = task % blocks * TILES, end = std::min(begin + TILES, tiles.count);
-        transform<Side::SIDE, Side::PLACES, Side::input>(from, source, tiles, x, g * in, in, begin, end, zeros.data(), v.get(),
-                                                         TILES);
+        transform<Side::SIDE, Side::PLACES, Side::input>(from, source, tiles, x, g * in, in, begin, end, zeros.data(),
+                                                         v.get(), TILES);
         const int64_t rows = (end - begin + ROWS - 1) / ROWS * ROWS;
         for (int i = 0; i < ALL; ++i)
             matmul<false>(rows, out, in, v.get() + i * TILES * in, in, 1,
@@ -249,9 +251,9 @@ static void convolve(const Map &from, const Grid &source, const Map &to, const G
     }
 }
 
-// y (N, out_height, out_width, groups * out) of x (N, height, width, groups * in), filters w (groups * out, 3, 3, in) and
-// bias (or null); stride 1 or 2, `top` and `left` zeros before x. Turned: x, the gradient of the input, of y, that of the
-// output; with `seen`, of the shape of x, which then is the gradient of GELU(seen), that of `seen`.
+// y (N, out_height, out_width, groups * out) of x (N, height, width, groups * in), filters w (groups * out, 3, 3, in)
+// and bias (or null); stride 1 or 2, `top` and `left` zeros before x. Turned: x, the gradient of the input, of y, that
+// of the output; with `seen`, of the shape of x, the gradient of `seen` where the input is GELU(seen).
 extern "C" void normfree_winograd(float *x, const float *w, const float *bias, const float *seen, float *y,
                                   int64_t images, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
                                   int64_t groups, int64_t in, int64_t out, int64_t stride, int64_t top, int64_t left,
@@ -261,10 +263,10 @@ extern "C" void normfree_winograd(float *x, const float *w, const float *bias, c
 #pragma omp parallel num_threads(threads)
     {
         (stride == 1 ? filters<Same> : filters<Half>)(w, groups, in, out, turned, u.get());
-        if (!turned)
-            (stride == 1 ? convolve<Same> : convolve<Half>)(input, {2 * stride, top, left}, output, {2, 0, 0}, x, u.get(),
-                                                            bias, nullptr, y, groups);
-        else if (stride == 1)
+        if (!turned) {
+            const auto by = stride == 1 ? convolve<Same> : convolve<Half>;
+            by(input, {2 * stride, top, left}, output, {2, 0, 0}, x, u.get(), bias, nullptr, y, groups);
+        } else if (stride == 1)
             convolve<Same>(output, {2, 2 - top, 2 - left}, input, {2, 0, 0}, y, u.get(), nullptr, seen, x, groups);
         else
             convolve<Twice>(output, {2, 1, 1}, input, {4, top, left}, y, u.get(), nullptr, seen, x, groups);
@@ -291,17 +293,17 @@ static void filter_gradient(const Map &from, const Grid &source, const Map &to, 
             const int64_t g = task / parts, part = task % parts, first = part * blocks / parts;
             for (int64_t block = first; block < (part + 1) * blocks / parts; ++block) {
                 const int64_t begin = block * GRADIENT_TILES, end = std::min(begin + GRADIENT_TILES, tiles.count);
-                transform<Side::SIDE, PLACES, Side::input>(from, source, tiles, x, g * in, in, begin, end, zeros.data(), v.get(),
-                                                           GRADIENT_TILES);
+                transform<Side::SIDE, PLACES, Side::input>(from, source, tiles, x, g * in, in, begin, end, zeros.data(),
+                                                           v.get(), GRADIENT_TILES);
                 transform<Side::OUT, PLACES, Side::output_gradient>(to, result, tiles, dy, g * out, out, begin, end,
                                                                     zeros.data(), d.get(), GRADIENT_TILES);
-                if (dbias)  // AdA' has the sum of a tile's pixels in its second row and column
-                    add_columns(end - begin, out, d.get() + (PLACES + 1) * GRADIENT_TILES * out, biases.get() + task * out);
                 for (int i = 0; i < ALL; ++i) {  // (out, in) = or += (tiles, out)' (tiles, in)
                     const bool add = block > first || i / PLACES == KINDS || i % PLACES == KINDS;
-                    (add ? matmul<true> : matmul<false>)(
-                        padded, in, end - begin, d.get() + i * GRADIENT_TILES * out, 1, out, v.get() + i * GRADIENT_TILES * in, in,
-                        sums.get() + (task * KINDS * KINDS + kind<Side>(i)) * padded * in, in);
+                    const float *vi = v.get() + i * GRADIENT_TILES * in, *di = d.get() + i * GRADIENT_TILES * out;
+                    float *sum = sums.get() + (task * KINDS * KINDS + kind<Side>(i)) * padded * in;
+                    (add ? matmul<true> : matmul<false>)(padded, in, end - begin, di, 1, out, vi, in, sum, in);
+                    if (dbias && i == PLACES + 1)  // AdA' has the sum of a tile's pixels in its second row and column
+                        add_columns(end - begin, out, di, biases.get() + task * out);
                 }
             }
         }
@@ -331,6 +333,6 @@ extern "C" void normfree_winograd_filter_gradient(const float *x, const float *d
                                                   int64_t out_width, int64_t groups, int64_t in, int64_t out,
                                                   int64_t stride, int64_t top, int64_t left, int32_t threads) {
     const Map from{images, height, width, groups * in}, to{images, out_height, out_width, groups * out};
-    (stride == 1 ? filter_gradient<Same> : filter_gradient<Half>)(from, {2 * stride, top, left}, to, {2, 0, 0}, x, dy, dw,
-                                                                  dbias, groups, threads);
+    const auto by = stride == 1 ? filter_gradient<Same> : filter_gradient<Half>;
+    by(from, {2 * stride, top, left}, to, {2, 0, 0}, x, dy, dw, dbias, groups, threads);
 }
