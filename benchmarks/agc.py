@@ -2,7 +2,8 @@
 
     python benchmarks/agc.py --models nfnet_f0 nfnet_f1 --out agc.json --plot agc-cost.png
 
-Both sides run in one process, in turn; times are medians. timm is needed.
+Both sides run in one process, in turn; times are medians. timm is needed. On a GPU (which it takes where there is one)
+CUDA's launches are counted, too.
 """
 
 from __future__ import annotations
@@ -38,16 +39,32 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def now() -> float:
+    """Seconds, when all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def launches(function: Callable[[], Any]) -> int:
+    """What a GPU is told to do: kernels, copies, fills."""
+    now()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        now()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def fill_gradients(model: nn.Module) -> None:
     """About a third of the units above the limit, as early in training."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         rows = p.shape[0] if p.ndim > 1 else 1
-        norm = p.detach().flatten(1).norm(dim=1) if p.ndim > 1 else p.detach().norm().view(1)
+        norm = (p.detach().flatten(1).norm(dim=1) if p.ndim > 1 else p.detach().norm().view(1)).cpu()
         grad = torch.randn(p.shape, generator=generator)
         scale = 0.015 * torch.rand(rows, generator=generator) * norm.clamp(min=1e-3)
         grad = grad.view(rows, -1) / grad.view(rows, -1).norm(dim=1, keepdim=True) * scale[:, None]
-        p.grad = grad.view(p.shape).contiguous()
+        p.grad = grad.view(p.shape).to(p.device)
 
 
 def measure(functions: dict[str, Callable[[], Any]], before: Callable[[], None], repeats: int) -> dict[str, float]:
@@ -56,28 +73,28 @@ def measure(functions: dict[str, Callable[[], Any]], before: Callable[[], None],
     for i in range(repeats + 1):
         for name, function in functions.items():
             before()
-            start = time.perf_counter()
+            start = now()
             function()
             if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(now() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def bytes_per_second(megabytes: int = 512) -> float:
-    """What copying moves, read and written, at best: the machine's memory bandwidth in this run."""
-    source = torch.ones(megabytes * 2**18)
+def bytes_per_second(device: torch.device, megabytes: int = 512) -> float:
+    """What copying moves, read and written, at best: the memory's bandwidth in this run."""
+    source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(7):
-        start = time.perf_counter()
+        start = now()
         target.copy_(source)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return 2 * source.nbytes / min(times)
 
 
-def benchmark(name: str, repeats: int) -> dict[str, Any]:
+def benchmark(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = create_model(name)
+    model = create_model(name).to(device)
     fill_gradients(model)
     kept = [(p, p.grad.clone()) for p in model.parameters()]
     params = list(model.parameters())
@@ -117,10 +134,10 @@ def benchmark(name: str, repeats: int) -> dict[str, Any]:
 
     updates: dict[str, Callable[[], Any]] = {"normfree": ours, "timm": theirs}
     update_times = measure(updates, restore, repeats)
-    bandwidth = bytes_per_second()
+    bandwidth = bytes_per_second(device)
     size = sum(p.nbytes for p in params)
     bounds = {"clip": 2 * size / bandwidth, "update": 7 * size / bandwidth}
-    return {
+    result: dict[str, Any] = {
         "model": name,
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),
@@ -137,6 +154,10 @@ def benchmark(name: str, repeats: int) -> dict[str, Any]:
             "update: normfree / bound": update_times["normfree"] / bounds["update"],
         },
     }
+    if device.type == "cuda":
+        result["clip_launches"] = {side: launches(function) for side, function in clips.items()}
+        result["update_launches"] = {side: launches(function) for side, function in updates.items()}
+    return result
 
 
 def plot(results: list[dict[str, Any]], path: str) -> None:
@@ -168,23 +189,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["nfnet_f0"])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", help="picture to draw")
     args = parser.parse_args()
     results = []
     for name in args.models:
-        result = benchmark(name, args.repeats)
+        result = benchmark(name, args.repeats, torch.device(args.device))
         results.append(result)
         clip, update, ratios = result["clip_seconds"], result["update_seconds"], result["ratios"]
         print(f"{name}: {result['tensors']} tensors, {result['parameters'] / 1e6:.1f} M parameters")
         print("  clip    " + "  ".join(f"{k} {1e3 * v:.1f} ms" for k, v in clip.items()), end="")
         print(f"  (bound {1e3 * result['bound_seconds']['clip']:.1f} ms)")
         print("  calls   " + "  ".join(f"{k} {v}" for k, v in result["clip_dispatcher_calls"].items()))
+        for key in ("clip_launches", "update_launches"):
+            if key in result:
+                print(f"  {key.replace('_', ' ')}  " + "  ".join(f"{k} {v}" for k, v in result[key].items()))
         print("  update  " + "  ".join(f"{k} {1e3 * v:.1f} ms" for k, v in update.items()), end="")
         print(f"  (bound {1e3 * result['bound_seconds']['update']:.1f} ms)")
         print("  ratios  " + "  ".join(f"{k} {v:.2f}" for k, v in ratios.items()), flush=True)
     environment = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,
