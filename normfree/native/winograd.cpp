@@ -16,7 +16,7 @@
 
 constexpr int KINDS = 4;  // of a filter's numbers along one side
 constexpr int64_t TILES = 36;  // in flight: their transforms stay in the second-level cache
-constexpr int64_t GRADIENT_TILES = 192;  // of a filter's gradient the sums do, and then more tiles are better
+constexpr int64_t GRADIENT_TILES = 288;  // of a filter's gradient the sums do, and then more tiles are better
 
 // The transforms of one side of a tile: SIDE pixels become PLACES numbers, each times one of the KINDS of numbers of a
 // filter, and then OUT pixels.
