@@ -419,6 +419,8 @@ def _conv2d_gradients(
 
 def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) -> bool:
     """Whether one of our convolutions takes what it is given; else PyTorch does, or complains."""
+    if native_for(x, weight) is None:
+        return False
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous() and native_for(bias)):
         return False
     out, size = weight.shape[0] // groups, weight.shape[1]
@@ -429,7 +431,6 @@ def _kernel_fits(x: Tensor, weight: Tensor, groups: int, bias: Tensor | None) ->
         and x.numel() > 0
         and x.is_contiguous(memory_format=last)
         and weight.is_contiguous(memory_format=last)
-        and native_for(x, weight) is not None
     )
 
 
