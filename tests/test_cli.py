@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_eval(trained, capsys):
     right = sum(int(line.split()[-1].split("/")[0]) for line in out[:3])
     assert out[3] == f"top-1 {100 * right / 60:.2f} % on 60 images at 16 px"
     assert right > 50
+
+
+def test_eval_knows_training_images_by_their_content(trained, tmp_path, capsys):
+    """Not by the name of their folder: others in a folder of that name are not accused, copies elsewhere are."""
+    from conftest import COLOURS, draw
+
+    folder, photos = trained
+    weights = folder / "best.safetensors"
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        draw(tmp_path / photos.name / name / "00.jpg", colour, 5000 + c)
+    run("eval", weights, tmp_path / photos.name, "--device cpu --workers 0")
+    assert "trained on" not in capsys.readouterr().err
+    shutil.copytree(photos / "red", tmp_path / "copied" / "red")
+    for path in (tmp_path / "copied" / "red").iterdir():
+        path.rename(path.with_name(f"new-{path.name}"))
+    run("eval", weights, tmp_path / "copied", "--device cpu --workers 0")
+    assert "trained on are among these (18 of 54 looked for)" in capsys.readouterr().err
+    run("eval", weights, photos, "--held-out 0.1 --seed 1 --device cpu --workers 0")  # not the seed of the training
+    assert "trained on are among these" in capsys.readouterr().err
 
 
 def test_predict_csv_and_json_lines_agree(trained, tmp_path, capsys):

@@ -22,7 +22,10 @@ from normfree.data import (
     FolderImages,
     TrainTransform,
     UnreadableImage,
+    content_sample,
+    count_sampled,
     find_images,
+    fingerprint,
     look_at,
     open_dataset,
     open_evaluation,
@@ -476,6 +479,35 @@ def complaint(call: Any, *args: Any, match: str, **kwargs: Any) -> None:
     with pytest.raises(InputError, match=match) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_is_of_names_and_classes(tmp_path: Path) -> None:
+    def images(root: Path, targets: list[int], names: tuple[str, ...] = ("cat", "dog")) -> FolderImages:
+        paths = ["cat/0.jpg", "dog/\udcff.jpg", "dog/1.jpg"]
+        return FolderImages(class_names=names, targets=targets, root=str(root), paths=paths)
+
+    same = fingerprint(images(tmp_path, [0, 1, 1]))
+    assert fingerprint(images(tmp_path / "elsewhere", [0, 1, 1])) == same
+    assert fingerprint(images(tmp_path, [0, 1, 1]).subset([2, 0, 1])) == same
+    assert fingerprint(images(tmp_path, [1, 0, 0], ("dog", "cat"))) == same
+    others = images(tmp_path, [0, 1, 0]), images(tmp_path, [0, 1, 1], ("cat", "cow"))
+    assert len({same, *map(fingerprint, (*others, others[0].subset([0, 1])))}) == 4
+
+
+def test_content_is_found_under_other_names(tmp_path: Path) -> None:
+    def images(paths: list[str]) -> FolderImages:
+        return FolderImages(class_names=("a",), targets=[0] * len(paths), root=str(tmp_path), paths=paths)
+
+    for number in range(100):
+        (tmp_path / f"{number}.png").write_bytes(b"%03d" % number)
+    sample = content_sample(images([f"{number}.png" for number in range(50)]), most=20)
+    assert len(sample) == 20
+    for number in range(50):
+        (tmp_path / f"{number}.png").rename(tmp_path / f"moved{number}.png")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    others = [f"{number}.png" for number in range(50, 100)]
+    assert count_sampled(images(others), sample) == 0
+    assert count_sampled(images([*others, "gone.png", *(f"moved{number}.png" for number in range(50))]), sample) == 20
 
 
 def test_complaints_about_the_name() -> None:

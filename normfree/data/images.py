@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple, Self
@@ -325,6 +325,41 @@ def hold_out(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Im
         raise InputError("every class has a single image, so that none can be held out for validation; add images")
     kept = [index for index in range(len(images)) if index not in held_out]
     return images.subset(kept), images.subset(sorted(held_out))
+
+
+def fingerprint(images: ImageSet) -> str:
+    """A hash of the names and classes of all images, in any order, wherever their folder lies."""
+    names = (images.name(i) + "\0" + images.class_names[target] for i, target in enumerate(images.targets))
+    digest = hashlib.blake2b(digest_size=16)
+    for line in sorted(names):
+        digest.update(os.fsencode(line) + b"\n")
+    return digest.hexdigest()
+
+
+def content_sample(images: ImageSet, most: int = 64) -> tuple[str, ...]:
+    """`SIZE-HASH` of the files, as they are stored, of at most `most` evenly spaced images; see `count_sampled`."""
+    indices = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
+    return tuple(sorted({key for index in indices if (key := _content_key(images, index))}))
+
+
+def count_sampled(images: ImageSet, sample: Collection[str]) -> int:
+    """How many contents of a `content_sample` are among `images`, whatever their names and folders."""
+    sizes = {key.partition("-")[0] for key in sample}
+    keys = {_content_key(images, index, sizes) for index in range(len(images))} if sample else set()
+    return len(keys & set(sample))
+
+
+def _content_key(images: ImageSet, index: int, sizes: Collection[str] | None = None) -> str:
+    """`SIZE-HASH` of the file of an image; "" where it cannot be read or its size is not among `sizes`."""
+    try:
+        source = images.source(index)
+        if isinstance(source, str):
+            if not os.path.isfile(source) or (sizes is not None and str(os.path.getsize(source)) not in sizes):
+                return ""
+            source = Path(source).read_bytes()
+    except (UnreadableImage, OSError):
+        return ""
+    return f"{len(source)}-{hashlib.blake2b(source, digest_size=8).hexdigest()}"
 
 
 def lot(seed: int, name: str) -> bytes:

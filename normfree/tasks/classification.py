@@ -26,6 +26,8 @@ from normfree.data import (
     RandAugment,
     TrainTransform,
     cached,
+    content_sample,
+    count_sampled,
     eval_batches,
     fits_in_memory,
     has_validation,
@@ -191,11 +193,6 @@ def evaluate_images(
     return evaluate(model, counted(batches), info.num_classes, info.mean, info.std, device, precision)
 
 
-def source_of(path: str) -> str:
-    """What a weight file says of the data that it comes from."""
-    return f"normfree train {Path(path).name}"
-
-
 def choose_recipe(name: str | None, run: RunConfig) -> tuple[RunConfig, tuple[Reason, ...]]:
     """The recipe called `name`, or what suits the images of `run` and the machine, and why."""
     path = run.data.path
@@ -270,7 +267,8 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         eval_px=run.data.eval_px or model.info.eval_px,
         eval_crop=run.data.eval_crop,
         crop_fraction=run.data.crop_fraction,
-        source=source_of(run.data.path),
+        source=f"normfree train {Path(run.data.path).name}",
+        trained_on=content_sample(train_set),
     )
     model = model.to(device).to(memory_format=torch.channels_last)
     log_priors = _log_priors(train_set, o.balance, device)
@@ -426,8 +424,12 @@ def evaluate_weights(
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
     images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed)
-    if held_out is None and info.source == source_of(data) and not has_validation(data):
-        print("warning: the images that the weights were trained on are among these; see --held-out", file=sys.stderr)
+    if seen := count_sampled(images, info.trained_on):
+        share = f"{seen} of {len(info.trained_on)} looked for"
+        print(
+            f"warning: images that the weights were trained on are among these ({share}); see --held-out",
+            file=sys.stderr,
+        )
     model = model.to(where).to(memory_format=torch.channels_last)
     bar = ProgressBar("evaluate", len(images), unit="images")
     try:

@@ -42,7 +42,8 @@ class ModelInfo:
     """What the header of a weight file holds beside the tensors.
 
     `overrides` are the keyword arguments of `create_model`; pixels are sides of square inputs; `mean` and `std` belong
-    to pixels in [0, 1]; `eval_crop` and `crop_fraction` name the preparation (normfree.data.EvalTransform).
+    to pixels in [0, 1]; `eval_crop` and `crop_fraction` name the preparation (normfree.data.EvalTransform);
+    `trained_on` are hashes of some of the training images, by which an evaluation on the same images is found out.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class ModelInfo:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     source: str = ""
+    trained_on: tuple[str, ...] = ()
     licence: str = ""
     normfree_version: str = field(default_factory=package_version)
 
@@ -80,6 +82,7 @@ class ModelInfo:
             "pixels": all(isinstance(px, int) and 0 < px <= 16384 for px in (info.train_px, info.eval_px)),
             "eval_crop": info.eval_crop in get_args(EvalCrop),
             "crop_fraction": isinstance(info.crop_fraction, int | float) and 0 < info.crop_fraction <= 1,
+            "trained_on": all(isinstance(key, str) for key in info.trained_on),
             "mean and std": len(info.mean) == len(info.std) == info.in_channels and min(info.std) > 0,
         }
         bad = [name for name, good in checks.items() if not good]
