@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import InputError, RunConfig, load_config, nearest
+from normfree.config import InputError, RunConfig, check_writable, load_config, nearest
 
 HELP = """\
 usage: normfree VERB ...
@@ -228,8 +228,8 @@ def check_data(
         out: File to write the whole report to, as JSON.
         workers: Processes that read; None: one less than the cores.
     """
-    if out is not None and Path(out).exists():
-        raise InputError(f"--out {out} exists; nothing was written")
+    if out is not None:
+        check_writable(out)
     from normfree.data.check import check, report_lines
 
     with progress("check") as show:

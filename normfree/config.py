@@ -31,6 +31,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_writable(
+    path: str | os.PathLike[str], option: str = "--out", *, replace: bool = False, parents: bool = False
+) -> None:
+    """Raises InputError, before the work, where its result could not be written to `path`, which `option` gave.
+
+    With `replace` a file may be there already; with `parents` folders on the way may be missing, as they will be made.
+    A file is made and removed at once: permissions, read-only file systems and long names are for the system to judge.
+    """
+    path = probe = os.fspath(path)
+    folder = os.path.dirname(path) or "."
+    while parents and not os.path.lexists(os.path.dirname(probe) or "."):
+        probe = os.path.dirname(probe)
+    try:
+        if not (replace and os.path.exists(path)) or os.path.isdir(path):
+            open(probe, "xb").close()
+            os.unlink(probe)
+        elif os.path.isfile(path):  # nothing is to be learnt from a pipe or a device, and a pipe could be closed by it
+            open(path, "ab").close()
+    except FileExistsError:
+        is_folder = os.path.isdir(path) and not parents
+        state = "is a folder; name a file in it" if is_folder else "exists; nothing was written"
+        raise InputError(f"{option} {path} {state}") from None
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"there is no folder {folder}; create it first" if missing else (error.strerror or str(error)).lower()
+        raise InputError(f"{option} {path} cannot be written: {reason}") from None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. What is None keeps the variant's own value."""

@@ -27,7 +27,7 @@ import torchvision
 from PIL import Image
 
 from normfree.cli import main
-from normfree.config import InputError
+from normfree.config import InputError, check_writable
 from normfree.data import (
     ArrayImages,
     FolderImages,
@@ -209,6 +209,60 @@ def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, err = run(capsys, "data", "check", bad, "--out", report)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "exists" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere/r.json", "there is no folder .*nowhere; create it first"),
+        ("file/r.json", "cannot be written: not a directory"),
+        ("folder", "is a folder; name a file in it"),
+        ("file", "exists; nothing was written"),
+        ("dangling", "exists; nothing was written"),
+        ("locked/r.json", "cannot be written: permission denied"),
+        ("n" * 300, "cannot be written: file name too long"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_the_work(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for folder in ("folder", "locked"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    really_open = open
+
+    def forbid(path: Any, *args: Any, **kwargs: Any) -> Any:  # a root user may write everywhere
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", forbid)
+    out = str(tmp_path / name)
+    complaint(check_writable, out, match=f"^--out {out} .*{reason}$")
+    complaint(check_writable, out, "--json", match=f"^--json {out} ")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_results_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "new.json")
+    check_writable(str(tmp_path / "file"), replace=True)
+    check_writable(str(tmp_path / "many/more/folders/"), parents=True)
+    complaint(check_writable, str(tmp_path / "file/folder/x"), parents=True, match="not a directory")
+    complaint(check_writable, str(tmp_path), parents=True, match="exists; nothing was written")
+    complaint(check_writable, str(tmp_path), replace=True, match="is a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_check_and_pack_look_at_where_they_write_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words in (("check", "no-data", "--out", tmp_path / "nowhere/r.json"), ("pack", "no-data", tmp_path)):
+        code, out, err = run(capsys, "data", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert str(tmp_path) in err
 
 
 def test_pack_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

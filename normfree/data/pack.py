@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from normfree.config import InputError
+from normfree.config import InputError, check_writable
 from normfree.data.images import IMAGE_SUFFIXES, ImageSet, UnreadableImage, lot, open_image, read_image
 from normfree.data.loader import read_batches
 from normfree.data.remote import short_hash
@@ -48,8 +48,7 @@ def pack(
     if shard_mb <= 0 or not 1 <= quality <= 100 or (px is not None and px < 1):
         raise InputError("--shard-mb is more than 0, --quality 1 to 100, --px at least 1")
     folder = Path(f"{out.rstrip('/')}.partial")
-    if Path(out).exists():
-        raise InputError(f"{out} exists; name a folder that does not")
+    check_writable(out, "folder", parents=True)
     parts = dict(zip(("train", "validation"), open_dataset(spec), strict=True))
     named = (f"{images.name(i)} {target}\n" for images in parts.values() for i, target in enumerate(images.targets))
     content = short_hash("".join(named))
