@@ -1,10 +1,13 @@
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+from normfree import native
 
 # no deadlines, since machines are shared; in CI the same examples every time
 settings.register_profile("normfree", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -20,6 +23,29 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int) -> None:
     pixels = np.clip(rng.normal(colour, 40, size), 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=90)
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[Callable[[], None]]:
+    """Has the kernels looked for again, and each time that it is called; the test's environment leaves no trace."""
+
+    def forget() -> None:
+        native._state.cache_clear()
+        native._load.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def compiler() -> list[str]:
+    """The command of the C++ compiler, with the option that names the processor."""
+    try:
+        command, version, _ = native._wanted()
+    except native._NoKernels as error:
+        pytest.skip(str(error))
+    return [*command, native._flags()[-1]] if version else pytest.skip("no C++ compiler")
 
 
 @pytest.fixture

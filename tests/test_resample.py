@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,10 @@ from PIL import Image
 import normfree.native
 from normfree.data import ArrayImages, EvalTransform, TrainTransform, sample_rng, train_batches, transforms
 from normfree.data.transforms import resample
-from normfree.native import library
+from normfree.native import library, status
 
 KERNEL = Path(normfree.native.__file__).parent / "resample.cpp"
-COMPILER = os.environ.get("CXX", "c++")
-needs_kernels = pytest.mark.skipif(library() is None, reason="kernels are switched off, or there is no compiler")
+needs_kernels = pytest.mark.skipif(library() is None, reason=f"kernels {status()}")
 needs_the_order_of_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="an older Pillow")
 
 
@@ -86,14 +85,13 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_kernels
-def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
     """By the main process, before they start; and what they give is what Pillow gives."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 50, 40, 3), dtype=np.uint8)
     images = ArrayImages(class_names=("a",), targets=[0] * 12, pixels=pixels, names=[str(i) for i in range(12)])
     options = dict(batch_size=4, seed=1, start_step=0, stop_step=6)
-    library.cache_clear()
     batches = train_batches(images, TrainTransform(24), workers=1, **options)
-    assert library.cache_info().currsize == 1
+    assert normfree.native._load.cache_info().currsize == 1
     found = list(batches)
     monkeypatch.setattr(transforms, "library", lambda: None)
     for batch, expected in zip(found, train_batches(images, TrainTransform(24), workers=0, **options), strict=True):
@@ -103,15 +101,13 @@ def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors without AVX are x86's")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
-def test_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
     """4 lanes and 8 lanes, where the machine has them: equal bits, since all is in whole numbers."""
     if processor == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("a processor without AVX2")
-    flags = [flag for flag in normfree.native.FLAGS if not flag.startswith("-march")]
-    subprocess.run([COMPILER, *flags, f"-march={processor}", KERNEL, "-o", tmp_path / "narrow.so"], check=True)
-    narrow = ctypes.CDLL(str(tmp_path / "narrow.so"))
-    narrow.normfree_resample.argtypes = normfree.native.SIGNATURES["normfree_resample"]
-    monkeypatch.setattr(transforms, "library", lambda: narrow)
+    monkeypatch.setenv("NORMFREE_MARCH", processor)
+    fresh_kernels()
+    assert library() is not None
     for channels in (1, 3):
         for width, height, px in ((97, 61, 32), (61, 197, 33), (20, 20, 50)):
             image, box = noise(width, height, channels, contrast=True), (1.5, 2.25, width - 3.5, height)
@@ -140,12 +136,12 @@ int main() {
 
 
 @needs_kernels
-def test_the_kernel_stays_within_its_memory_and_uses_nothing_unset(tmp_path: Path) -> None:
+def test_the_kernel_stays_within_its_memory_and_uses_nothing_unset(tmp_path: Path, compiler: list[str]) -> None:
     """In a program under the address sanitizer, which fills new memory with 255."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
-    flags = ["-O1", "-march=native", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    built = subprocess.run([COMPILER, *flags, source, KERNEL, "-o", program], capture_output=True, text=True)
+    flags = ["-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    built = subprocess.run([*compiler, *flags, source, KERNEL, "-o", program], capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert built.returncode == 0, built.stderr

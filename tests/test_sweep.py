@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from normfree.models import create_model
-from normfree.native import library
+from normfree.native import library, status
 from normfree.optim import EMA, SGD_AGC, adaptive_clip_grad_, param_groups
 from normfree.optim import sweep as native
 from normfree.optim.agc import adaptive_clip_reference_
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the sweep cannot be built")
+pytestmark = pytest.mark.skipif(library() is None, reason=f"kernels {status()}")
 SHAPES = [(), (1,), (7,), (5, 3), (1, 6), (6, 1), (4, 3, 2), (4, 3, 3, 3), (5, 1, 1, 1), (3, 2, 2, 2, 2), (40, 1100)]
 
 
@@ -116,18 +116,3 @@ def test_it_is_used(monkeypatch):
         p.grad = torch.ones_like(p)
     SGD_AGC(param_groups(model), lr=0.1).step()
     assert calls == [len(list(model.parameters()))]
-
-
-def test_without_a_compiler_there_is_none(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.cache_clear()
-    try:
-        for name, value in {"NORMFREE_NATIVE": "0", "CXX": "no-such-compiler", "XDG_CACHE_HOME": "/dev/null"}.items():
-            with monkeypatch.context() as patch:
-                patch.setenv(name, value)
-                assert library() is None
-                library.cache_clear()
-        assert library() is not None
-        assert [path.suffix for path in (tmp_path / "normfree").iterdir()] == [".so"]
-    finally:
-        library.cache_clear()

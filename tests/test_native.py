@@ -1,0 +1,237 @@
+"""How the kernels are found, compiled, kept in the cache, and left out with a reason."""
+
+import logging
+import os
+import pwd
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from normfree import native
+from normfree.native import library, status
+
+HERE = library()
+needs_kernels = pytest.mark.skipif(HERE is None, reason=f"kernels {status()}")
+
+
+@pytest.fixture
+def said(fresh_kernels, monkeypatch, tmp_path):
+    """What is said of the kernels, which are anew looked for in an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("NORMFREE_NATIVE", "NORMFREE_MARCH", "CXX", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("normfree").addHandler(handler)
+    yield lines
+    logging.getLogger("normfree").removeHandler(handler)
+
+
+@pytest.fixture
+def compiled(said, monkeypatch, tmp_path):
+    """A compiler in two words that copies the library of this machine, and the commands it was given."""
+    log, script = tmp_path / "log", tmp_path / "c++ of a test"
+    script.write_text(f"""
+        case "$*" in *--version*) echo "stub 1.0"; exit;; esac
+        echo "$*" >> '{log}'
+        while [ "$1" != -o ]; do shift; done
+        cp '{HERE and HERE._name}' "$2"
+    """)
+    log.touch()
+    monkeypatch.setenv("CXX", f"sh '{script}'")
+    return lambda: log.read_text().splitlines()
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache/normfree").iterdir())
+
+
+def test_the_compiler_of_this_machine_compiles_them(monkeypatch, tmp_path, fresh_kernels):
+    """Where this fails, all tests of the kernels would be skipped."""
+    if os.environ.get("NORMFREE_NATIVE") == "0":
+        pytest.skip("NORMFREE_NATIVE=0")
+    if library() is None:  # perhaps this user has no cache
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        compiler, version, stem = native._wanted()
+        if version is None:
+            pytest.skip("no C++ compiler")
+        assert native._compile(compiler, version, tmp_path, stem).is_file()  # raises what the compiler says
+
+
+@needs_kernels
+def test_compiled_once_and_kept(compiled, said, tmp_path):
+    assert status() == "compiled at first use (stub 1.0)"
+    assert compiled() == []
+    assert library() is not None
+    (path,) = kept(tmp_path)
+    assert status() == f"on ({path.name}, stub 1.0)"
+    native._load.cache_clear()
+    native._state.cache_clear()
+    assert status() == f"on ({path.name}, stub 1.0)"
+    assert len(compiled()) == 1
+    assert said == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", [lambda data: data[:5000], lambda data: b"", lambda data: data[:-1] + b"?"])
+def test_a_damaged_library_is_made_anew(damage, compiled, fresh_kernels, tmp_path):
+    library()
+    (path,) = kept(tmp_path)
+    whole = path.read_bytes()
+    path.unlink()  # the file that is loaded stays as it is
+    path.write_bytes(damage(whole))
+    fresh_kernels()
+    assert library() is not None
+    assert len(compiled()) == 2
+    assert kept(tmp_path) == [path]
+    assert path.read_bytes() == whole
+
+
+@needs_kernels
+def test_another_compiler_processor_or_source_is_another_library(compiled, fresh_kernels, monkeypatch, tmp_path):
+    def again() -> int:
+        fresh_kernels()
+        assert library() is not None
+        return len(compiled())
+
+    assert again() == 1
+    monkeypatch.setenv("NORMFREE_MARCH", "x86-64-v2")
+    assert again() == 2
+    assert "-march=x86-64-v2" in compiled()[-1]
+    monkeypatch.setenv("CXX", os.environ["CXX"] + " -DOTHER")
+    assert again() == 3
+    assert compiled()[-1].startswith("-DOTHER ")
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-g"))
+    assert again() == 4
+    assert again() == 4
+    assert {path.suffix for path in kept(tmp_path)} == {".so"}
+
+
+@needs_kernels
+def test_one_in_the_cache_serves_without_a_compiler(compiled, said, fresh_kernels, monkeypatch, tmp_path):
+    library()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fresh_kernels()
+    assert library() is not None
+    assert status() == f"on ({kept(tmp_path)[0].name}, no compiler)"
+    assert said == []
+
+
+def no_home(patch, tmp_path):
+    patch.delenv("XDG_CACHE_HOME")
+    patch.delenv("HOME", raising=False)
+    patch.setattr(pwd, "getpwuid", {}.__getitem__)
+
+
+def no_compiler(patch, tmp_path):
+    patch.setenv("PATH", str(tmp_path))
+
+
+def open_folder(patch, tmp_path):
+    (tmp_path / "cache/normfree").mkdir(parents=True)
+    (tmp_path / "cache/normfree").chmod(0o777)
+
+
+def folder_of_another(patch, tmp_path):
+    patch.setattr(os, "geteuid", lambda: 4242)
+    patch.setattr(Path, "stat", lambda *args: os.stat_result((0o755, 0, 0, 0, 4243, 0, 0, 0, 0, 0)))
+
+
+def no_room(patch, tmp_path):
+    (tmp_path / "full").write_text(
+        "case $1 in --version) echo 1;; *) echo 'cc1: fatal error: no space' >&2; exit 1; esac"
+    )
+    patch.setenv("CXX", f"sh {tmp_path / 'full'}")
+
+
+def not_loaded(patch, tmp_path):
+    (tmp_path / "empty").write_text("""case $1 in --version) echo 1;; *) eval : \\> "\\${$#}"; esac""")
+    patch.setenv("CXX", f"sh {tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    ("without", "why"),
+    [
+        (no_home, "no home folder to keep them in; set XDG_CACHE_HOME to a folder"),
+        (no_compiler, "need a C++ compiler, such as g++ or clang++, and none is on the PATH"),
+        (lambda patch, _: patch.setenv("CXX", "no-such-compiler -O3"), "and CXX=no-such-compiler -O3 does not run"),
+        (lambda patch, _: patch.setenv("CXX", "c++ '"), "No closing quotation"),
+        (
+            lambda patch, _: patch.setenv("XDG_CACHE_HOME", "/dev/null"),
+            "/dev/null/normfree: Not a directory; XDG_CACHE",
+        ),
+        (open_folder, "/cache/normfree; set XDG_CACHE_HOME to a folder of yours"),
+        (folder_of_another, "/cache/normfree; set XDG_CACHE_HOME to a folder of yours"),
+        (no_room, "does not compile them: cc1: fatal error: no space"),
+        (not_loaded, ".so: file too short"),
+    ],
+)
+def test_why_there_are_none_is_said_once(without, why, said, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        without(patch, tmp_path)
+        assert library() is None
+        assert library() is None
+        assert status().startswith("off: ")
+        assert why in status()
+    assert len(said) == 1
+    assert said[0].startswith("normfree: the kernels are off: ")
+    assert why in said[0]
+
+
+def test_what_the_user_switches_off_needs_no_word(said, monkeypatch):
+    monkeypatch.setenv("NORMFREE_NATIVE", "0")
+    assert library() is None
+    assert status() == "off: NORMFREE_NATIVE=0"
+    assert said == []
+
+
+@pytest.mark.parametrize("value", ["", "relative/cache"])
+def test_only_an_absolute_cache_folder_counts(value, monkeypatch, tmp_path):
+    """As the XDG base directory specification has it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert native._cache_folder() == tmp_path / ".cache/normfree"
+
+
+@needs_kernels
+def test_threads_that_come_at_once_compile_once(compiled, tmp_path):
+    barrier = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: (barrier.wait(), library())[1], range(4)))
+    assert found[0] is not None
+    assert all(one is found[0] for one in found)
+    assert len(compiled()) == 1
+
+
+@needs_kernels
+def test_processes_that_come_at_once_leave_one_library(compiled, tmp_path):
+    compiler, version, stem = native._wanted()
+    folder = native._cache_folder()
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: native._compile(compiler, version, folder, stem), range(8)))
+    assert sorted(found) == kept(tmp_path)
+
+
+def test_a_forward_of_a_user_without_a_home(tmp_path):
+    code = """
+import os, pwd
+pwd.getpwuid = {}.__getitem__
+import torch
+from normfree import native
+from normfree.functional import gelu
+for _ in range(2):
+    gelu(torch.ones(3))
+print(native.status())
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "NORMFREE_NATIVE")}
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("off: this user has no home folder")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("normfree: the kernels are off: this user has no home folder")
