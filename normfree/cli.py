@@ -92,32 +92,33 @@ def evaluate(
     data: Annotated[str, Positional, arg(metavar="DATA")],
     px: int | None = None,
     held_out: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | None = None,
     workers: int | None = None,
+    out: str | None = None,
 ) -> None:
-    """Accuracy of a weight file on an image folder (its validation split, if it has one) or a packaged set.
+    """Accuracy and loss of a weight file on an image folder (its validation split, if it has one) or a packaged set.
 
     Args:
         weights: Weight file that normfree wrote.
         data: Image folder with the classes of the weights, or `mnist5k`.
-        px: Side of the images in pixels; None: what the weights say.
+        px: Side of the images in pixels, 8 to 4096; None: what the weights say.
         held_out: Of a folder without a validation split, take only the share that training held out.
-        seed: The seed of that training.
+        seed: The seed of that training; None: 0.
         device: cuda, mps or cpu; None: the first that is there.
         workers: Processes that read images; None: one less than the cores.
+        out: File for the whole report. .json: everything, with the confusion matrix; .csv: a row for each class.
     """
+    from normfree.engine.evaluate import score_table
     from normfree.tasks.classification import evaluate_weights
 
-    accuracy, info = evaluate_weights(weights, data, px, held_out, seed, device, workers)
+    accuracy, info = evaluate_weights(weights, data, px, held_out, seed, device, workers, out)
     for line in accuracy.unreadable:
         print(f"warning: not counted: {line}", file=sys.stderr)
-    rows = accuracy.per_class(info.class_names)
-    width = max(len(name) for name, _, _ in rows)
-    for name, right, images in rows:
-        print(f"{name:<{width}}  {100 * right / images:6.2f} %  {right}/{images}")
+    print(*score_table(accuracy.scores(info.class_names)), *accuracy.mistakes(info.class_names), sep="\n")
     top5 = f", top-5 {accuracy.top5_percent:.2f} %" if info.num_classes > 5 else ""
-    print(f"top-1 {accuracy.top1_percent:.2f} %{top5} on {accuracy.num_images} images at {info.eval_px} px")
+    figures = f"top-1 {accuracy.top1_percent:.2f} %{top5}, loss {accuracy.loss:.4g}"
+    print(f"{figures} on {accuracy.num_images} images at {info.eval_px} px")
 
 
 def predict(

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Iterable
@@ -25,10 +26,31 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given, what is allowed, what to do."""
 
 
+MAX_PX, MAX_SEED, MAX_WORKERS = 4096, 2**32 - 1, 256
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'nfnet_f0'?"`, or nothing where no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as a word of a shell command that is printed to be pasted."""
+    word = os.fspath(path)
+    word = f"./{word}" if word.startswith("-") else word
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(escaped)}'"  # of bash and zsh, for line breaks and bytes that are no UTF-8
+
+
+def check_range(option: str, value: float | None, low: float, high: float) -> None:
+    """Raises InputError unless `value` is from `low` to `high`, both included, or None."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"--{option} {value}: {low} to {high}")
 
 
 def check_writable(

@@ -90,20 +90,47 @@ def test_eval_on_what_training_held_out(trained, capsys):
     evals = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"eval"' in line]
     run("eval", weights, photos, "--held-out 0.1 --seed 0 --device cpu --workers 0")
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == f"top-1 {max(e['top1'] for e in evals):.2f} % on 6 images at 16 px"
+    best = max(evals, key=lambda line: line["top1"])  # the first of equals
+    loss = f"loss {best['loss']:.4g}"
+    assert out.splitlines()[-1] == f"top-1 {best['top1']:.2f} %, {loss} on 6 images at 16 px"
+    assert {"raw_loss", "raw_top1"} <= best.keys()
     assert "warning" not in err
 
 
-def test_eval(trained, capsys):
+def test_eval(trained, tmp_path, capsys):
     folder, photos = trained
-    run("eval", folder / "best.safetensors", photos, "--device cpu --workers 0")
+    weights = folder / "best.safetensors"
+    shutil.copytree(photos, tmp_path / "photos")
+    for i in range(3):  # red, and called blue
+        shutil.copy(photos / "red" / f"{i:02d}.jpg", tmp_path / "photos" / "blue" / f"red{i}.jpg")
+    args = ("eval", weights, tmp_path / "photos", "--device cpu --workers 0")
+    run(*args, "--out", tmp_path / "report.json")
     out, err = capsys.readouterr()
     assert "trained on are among these" in err
     out = out.splitlines()
-    assert [line.split()[0] for line in out[:3]] == ["blue", "green", "red"]
-    right = sum(int(line.split()[-1].split("/")[0]) for line in out[:3])
-    assert out[3] == f"top-1 {100 * right / 60:.2f} % on 60 images at 16 px"
+    assert out[0].split() == ["recall", "precision", "F1", "right"]
+    assert [line.split()[0] for line in out[1:4]] == ["blue", "green", "red"]
+    right = sum(int(line.split()[-1].split("/")[0]) for line in out[1:4])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert out[-1] == f"top-1 {100 * right / 63:.2f} %, loss {report['loss']:.4g} on 63 images at 16 px"
     assert right > 50
+    matrix = np.array(report["confusion"]["rows_true_columns_predicted"])
+    assert f"blue taken for red {matrix[0, 2]} times ({100 * matrix[0, 2] / 23:.2g} % of blue)" in out
+    assert matrix.sum(1).tolist() == [23, 20, 20]
+    assert np.trace(matrix) == right
+    assert [row["recall"] for row in report["per_class"]] == (matrix.diagonal() / [23, 20, 20]).tolist()
+    assert (report["images"], report["px"], report["device"], report["seed"]) == (63, 16, "cpu", None)
+    assert report["versions"]["torch"] == torch.__version__
+    assert "exists" in refused(capsys, *args, "--out", tmp_path / "report.json")
+    assert "no folder" in refused(capsys, *args, "--out", tmp_path / "nowhere" / "report.json")
+    assert ".json or .csv" in refused(capsys, *args, "--out", tmp_path / "report.txt")
+
+    run(*args, "--out", tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["blue", "green", "red"]
+    assert [int(row["taken for red"]) for row in rows] == matrix[:, 2].tolist()
+    assert [float(row["precision"]) for row in rows] == [row["precision"] for row in report["per_class"]]
 
 
 def test_eval_knows_training_images_by_their_content(trained, tmp_path, capsys):

@@ -280,8 +280,8 @@ def _evaluate(
     if done == plan.total_steps:
         extra["report"] = task.report()
         log.write("classes", done, classes=extra["report"])
-    figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.2f}" for k, v in averaged.items())
-    bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:.2f})")
+    figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:#.4g}" for k, v in averaged.items())
+    bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:#.4g})")
 
 
 def _state(model: nn.Module, optimizer: SGD_AGC, ema: EMA) -> dict[str, Tensor]:

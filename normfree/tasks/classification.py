@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -16,7 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.config import DataConfig, InputError, RunConfig, load_config, nearest, save_config, validate
+from normfree.config import (
+    MAX_PX,
+    MAX_SEED,
+    MAX_WORKERS,
+    DataConfig,
+    InputError,
+    RunConfig,
+    check_range,
+    check_writable,
+    load_config,
+    nearest,
+    quoted,
+    save_config,
+    validate,
+)
 from normfree.data import (
     DATASET_NAMES,
     Batch,
@@ -38,7 +51,7 @@ from normfree.data import (
 )
 from normfree.engine.checkpoint import check_free, new_run_folder
 from normfree.engine.distributed import keep_freed_memory, memory_gib, pick_device
-from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare
+from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
 from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, load, save
@@ -46,13 +59,14 @@ from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Images, Machine, Reason, choose, fast_enough, shorten
 from normfree.weights import ModelInfo
+from normfree.weights.file import package_version, replacing
 
 EVAL_BATCH = 64
 
 
 @dataclass
 class Classification:
-    """The loop's task: images and labels, cross-entropy with label smoothing, top-1 and top-5 accuracy."""
+    """The loop's task: images and labels, cross-entropy with label smoothing; plain cross-entropy and accuracy."""
 
     model: Network
     info: ModelInfo
@@ -122,6 +136,7 @@ class Classification:
         figures = {"top1": accuracy.top1_percent}
         figures |= {"top5": accuracy.top5_percent} if self.info.num_classes > 5 else {}
         figures |= {"balanced": accuracy.balanced_percent} if self.run.optim.balance else {}
+        figures |= {"loss": accuracy.loss}
         return figures | ({"unreadable": len(accuracy.unreadable)} if accuracy.unreadable else {})
 
     def _new(self, lines: Iterable[str]) -> list[str]:
@@ -402,7 +417,7 @@ def evaluation_command(run: RunConfig, weights: Path) -> str:
     """The command that evaluates on the images that `run` did not train on."""
     data = run.data
     own = "" if has_validation(data.path) else f" --held-out {data.validation_fraction:g} --seed {run.seed}"
-    return f"normfree eval {weights} {shlex.quote(data.path)}{own}"
+    return f"normfree eval {quoted(weights)} {quoted(data.path)}{own}"
 
 
 def evaluate_weights(
@@ -410,28 +425,38 @@ def evaluate_weights(
     data: str,
     px: int | None = None,
     held_out: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | None = None,
     workers: int | None = None,
+    out: str | None = None,
 ) -> tuple[Accuracy, ModelInfo]:
-    """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's)."""
+    """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's).
+
+    `held_out` and `seed` (default: 0) are those of a training that held images out itself: just these are taken.
+    `out`: a new file, .json or .csv, for the whole report (`engine.evaluate.write_report`). Raises InputError.
+    """
+    check_range("px", px, 8, MAX_PX)
+    check_range("workers", workers, 0, MAX_WORKERS)
+    check_range("seed", seed, 0, MAX_SEED)
+    if seed is not None and held_out is None:
+        raise InputError(f"--seed {seed} says which images were held out; add --held-out with their share")
+    if out is not None:
+        if Path(out).suffix not in (".json", ".csv"):
+            raise InputError(f"--out {out}: the name must end in .json or .csv")
+        check_writable(out)
     where = pick_device(device)
     model = load(weights)
     assert model.info is not None
-    if px is not None and px < 1:
-        raise InputError(f"--px {px}: at least 1")
     info = replace(model.info, eval_px=px or model.info.eval_px)
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
-    images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed)
+    images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed or 0)
     if seen := count_sampled(images, info.trained_on):
-        share = f"{seen} of {len(info.trained_on)} looked for"
-        print(
-            f"warning: images that the weights were trained on are among these ({share}); see --held-out",
-            file=sys.stderr,
-        )
+        what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
+        print(f"warning: {what}; see --held-out", file=sys.stderr)
     model = model.to(where).to(memory_format=torch.channels_last)
     bar = ProgressBar("evaluate", len(images), unit="images")
+    began = time.monotonic()
     try:
         accuracy = evaluate_images(
             model, info, images, where, pick_workers(workers, images), show=lambda n, _: bar.update(n)
@@ -440,4 +465,13 @@ def evaluate_weights(
         bar.close()
     if accuracy.num_images == 0:
         raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}")
+    if out is not None:
+        report = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
+        report |= accuracy.report(info.class_names)
+        report |= {"architecture": info.architecture, "px": info.eval_px, "crop": info.eval_crop}
+        report |= {"crop_fraction": info.crop_fraction, "precision": "float32", "device": str(where)}
+        report |= {"seconds": round(time.monotonic() - began, 3)}
+        report |= {"versions": {"normfree": package_version(), "torch": torch.__version__}}
+        with replacing(out) as temporary:
+            write_report(report, temporary, Path(out).suffix)
     return accuracy, info
