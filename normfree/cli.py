@@ -390,9 +390,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except RuntimeError as error:
+        from normfree.data.loader import WorkerDied
         from normfree.engine.loop import Diverged, Interrupted
 
-        if not isinstance(error, Diverged | Interrupted):
+        if not isinstance(error, Diverged | Interrupted | WorkerDied):
             raise
         _fail(str(error), error.exit_code if isinstance(error, Interrupted) else 1)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +36,7 @@ from normfree.data import (
     train_batches,
 )
 from normfree.data.images import _free_bytes
+from normfree.data.loader import WorkerDied, read_batches
 
 NUM_IMAGES, BATCH_SIZE = 23, 5
 
@@ -202,7 +206,8 @@ def test_a_batch_larger_than_the_data_set() -> None:
     assert len(stream(arrays(5), stop=2)) == 2
 
 
-def test_interrupts_are_left_to_the_main_process() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_left_to_the_main_process(number: signal.Signals) -> None:
     """Ctrl-C must not take the workers away from a run that is about to write its last checkpoint."""
     batches = train_batches(
         SlowImages(**vars(arrays())), TrainTransform(8), batch_size=5, seed=7, start_step=0, stop_step=6, workers=1
@@ -210,7 +215,7 @@ def test_interrupts_are_left_to_the_main_process() -> None:
     received = [next(batches)]
     for child in multiprocessing.active_children():
         assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, number)
     received += batches
     assert_same(received, stream(stop=6))
 
@@ -221,6 +226,105 @@ class SlowImages(ArrayImages):
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         time.sleep(0.02)
         return super().read(index, channels, min_px)
+
+
+# --- workers that end, hang or fail ---
+
+
+def double(key: int) -> torch.Tensor:
+    """Hangs at key 2, as a read from a dead network disk does; fails at 3; at 4 ends as where shared memory does."""
+    if key == 2:
+        time.sleep(600)
+    if key == 3:
+        raise KeyError("no such column")
+    if key == 4:
+        faulthandler.disable()
+        os.kill(os.getpid(), signal.SIGBUS)
+    return torch.tensor([2 * key])
+
+
+def test_a_worker_that_dies_is_said_in_one_line_where_its_batch_is_awaited() -> None:
+    batches = read_batches(double, [0, 1, 2, 0, 1, 0], workers=2)
+    assert [int(next(batches)), int(next(batches))] == [0, 2]
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(5)  # and nothing is raised here, which may be in the middle of an update
+        assert not child.is_alive()
+    with pytest.raises(WorkerDied, match=r"data worker was killed by SIGKILL.* lower --workers") as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(WorkerDied, match=r"^shared memory was exhausted .* lower --workers"):
+        next(read_batches(double, [4], workers=1))
+
+
+def test_workers_that_hang_end_with_the_iteration() -> None:
+    batches = read_batches(double, [0, 2, 2, 2], workers=3)
+    assert int(next(batches)) == 0
+    children = multiprocessing.active_children()
+    assert len(children) == 3
+    began = time.monotonic()
+    batches.close()  # type: ignore
+    assert all(not child.is_alive() for child in children)
+    assert time.monotonic() - began < 3
+
+
+HANG = """
+import os, signal, sys, time
+from normfree.data.loader import read_batches
+
+def read(key):
+    if key:
+        time.sleep(600)
+    return key
+
+if __name__ == "__main__":
+    batches = read_batches(read, [0, 1, 1, 1], workers=2)
+    print(next(batches), flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_that_hang_end_with_the_program(end: str, tmp_path: Path) -> None:
+    """Left in the middle of an iteration, or killed: where the output ends, all that held it open have ended."""
+    (tmp_path / "hang.py").write_text(HANG.format(end=end))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(tmp_path / "hang.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_what_a_reader_raises_in_a_worker_is_raised() -> None:
+    batches = read_batches(double, [0, 3], workers=2)
+    assert int(next(batches)) == 0
+    with pytest.raises(KeyError, match="no such column") as caught:
+        next(batches)
+    assert "in double" in "".join(caught.value.__notes__)
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="cannot send what it has read"):
+        next(read_batches(lambda _: lambda: None, [0], workers=1))  # a function in a function cannot be pickled
+
+
+def test_no_room_in_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
+    with pytest.raises(WorkerDied, match=r"No space left on device .* lower --workers, or give more shared memory"):
+        next(read_batches(double, [0], workers=1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_leaves_the_workers_alone() -> None:
+    batches = read_batches(double, [0, 1, 0], workers=1)
+    assert int(next(batches)) == 0
+    if not (child := os.fork()):
+        batches.close()  # type: ignore
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert [int(batch) for batch in batches] == [2, 0]
 
 
 # --- mixing and augmentation ---

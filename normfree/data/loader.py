@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import multiprocessing
+import os
 import signal
-import warnings
+import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from normfree.config import InputError
 from normfree.data.images import ImageSet, UnreadableImage
@@ -27,6 +35,12 @@ _Sample = tuple[Tensor, int, np.random.Generator]
 
 _ORDER_STREAM, _REPLACEMENT_STREAM = 1, 2
 _MAX_REPLACEMENTS = 20
+_AHEAD = 2  # batches that each worker reads ahead
+_FREE_SHARED = "lower --workers, or give more shared memory (/dev/shm; docker run --shm-size=8g)"
+
+
+class WorkerDied(RuntimeError):
+    """A data worker ended before its work was done: killed, out of memory, crashed. One line: how, and the remedy."""
 
 
 class Batch(NamedTuple):
@@ -120,8 +134,8 @@ class _TrainKeys:
 
 
 @dataclass(frozen=True)
-class _TrainReader(Dataset):
-    """Keys to their batch. An `InputError` is returned, not raised: torch would put a worker's traceback into it."""
+class _TrainReader:
+    """Keys to their batch."""
 
     images: ImageSet
     transform: TrainFunction
@@ -131,12 +145,9 @@ class _TrainReader(Dataset):
     mixing: Mixing | None
     augment: RandAugment | None
 
-    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | InputError:
+    def __call__(self, keys: list[tuple[int, int]]) -> Batch:
         unreadable: list[str] = []
-        try:
-            samples = [self._sample(epoch, index, unreadable) for epoch, index in keys]
-        except InputError as error:
-            return error
+        samples = [self._sample(epoch, index, unreadable) for epoch, index in keys]
         reports = tuple(dict.fromkeys(unreadable))
         if self.mixing is None:
             tensors = [self._augmented(image, rng) for image, _, rng in samples]
@@ -183,13 +194,13 @@ class _TrainReader(Dataset):
 
 
 @dataclass(frozen=True)
-class _EvalReader(Dataset):
+class _EvalReader:
     images: ImageSet
     transform: EvalFunction
     channels: int
     min_px: int | None
 
-    def __getitem__(self, keys: range) -> Batch | InputError:
+    def __call__(self, keys: range) -> Batch:
         tensors, indices, unreadable = [], [], []
         for index in keys:
             try:
@@ -197,8 +208,6 @@ class _EvalReader(Dataset):
                 indices.append(index)
             except UnreadableImage as error:
                 unreadable.append(str(error))
-            except InputError as error:
-                return error
         targets = torch.tensor([self.images.targets[index] for index in indices], dtype=torch.int64)
         stacked = torch.stack(tensors) if tensors else self._no_images()
         return Batch(stacked, targets, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
@@ -208,43 +217,167 @@ class _EvalReader(Dataset):
         return self.transform(Image.new("L" if self.channels == 1 else "RGB", (64, 64)))[None][:0]
 
 
-def read_batches(reader: Dataset, keys: Iterable, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    """Read the keys of one batch after another, in order, in `workers` processes (0: in this one)."""
+def read_batches(
+    reader: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """`reader(key)` of one key after another, in order, in `workers` processes (0: in this one).
+
+    What a reader raises in a worker is raised here. However the iteration ends, the workers end with it at once, even
+    one that hangs in a read. Raises `WorkerDied` while waiting for a batch, and at no other time.
+    """
     if workers:
         library()  # compiled here, once, and not in each worker
-    with warnings.catch_warnings():
-        # More workers than cores is for the user to choose: it is no fault where reading waits for a disk or network.
-        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
-        loader = DataLoader(
-            reader,
-            sampler=keys,
-            batch_size=None,  # a key is a whole batch: the reader makes the tensors
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_main,
-            pin_memory=pin_memory and torch.accelerator.is_available(),  # torch warns where there is nothing to pin for
-            generator=torch.Generator(),  # of worker seeds, which nothing uses; else each pass would move torch's own
-        )
-        return _raise_errors(iter(loader))
+    pool = _Workers(reader, keys, workers) if workers else None
+    batches = pool or map(reader, keys)
+    try:
+        # torch warns where there is nothing to pin for
+        yield from _pinned(batches) if pin_memory and torch.accelerator.is_available() else batches
+    finally:
+        if pool:
+            pool.close()
 
 
-def _raise_errors(batches: Iterator[Batch | InputError]) -> Iterator[Batch]:
-    error = None
-    for batch in batches:
-        if isinstance(batch, InputError):
-            error = InputError(str(batch))  # `batch` itself would hold this frame
-            break
-        yield batch
-    del batches  # ends the workers; left to the garbage collector with the error's frames, they would not end
-    if error:
-        raise error
+class _Workers:
+    """Processes that read ahead: batch i comes from worker i mod N, by a pipe of its own.
+
+    Not torch's DataLoader: its SIGCHLD handler raises a worker's death anywhere, in the middle of an update too, and
+    a worker that hangs holds up its shutdown, and the exit of the program without a limit.
+    """
+
+    def __init__(self, reader: Callable[[Any], Any], keys: Iterable[Any], count: int) -> None:
+        self.workers: list[tuple[BaseProcess, Connection]] = []
+        self.owner, self.closed = os.getpid(), False
+        self.asked: deque[tuple[BaseProcess, Connection]] = deque()
+        self.keys = iter(keys)
+        context = multiprocessing.get_context()
+        atexit.register(self.close)  # runs before multiprocessing's own, which would wait for workers that hang
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(reader, theirs), daemon=True)  # type: ignore
+                process.start()
+                theirs.close()  # so that the pipe ends with the worker
+                self.workers.append((process, ours))
+            self.in_turn = itertools.cycle(self.workers)
+            for _ in range(_AHEAD * count):
+                self._ask()
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.asked:
+            raise StopIteration
+        process, pipe = self.asked.popleft()
+        try:
+            while not pipe.poll(1):
+                if not process.is_alive():  # a process forked by another thread may hold the other end open
+                    raise EOFError
+            batch = pipe.recv()
+        except (EOFError, OSError):
+            _say_if_dead(process)
+            raise
+        if isinstance(batch, Exception):
+            raise batch
+        self._ask()
+        return batch
+
+    def _ask(self) -> None:
+        for key in itertools.islice(self.keys, 1):
+            process, pipe = worker = next(self.in_turn)
+            try:
+                pipe.send(key)
+            except OSError:
+                _say_if_dead(process)
+                raise
+            self.asked.append(worker)
+
+    def close(self) -> None:
+        """Kills the workers, which have nothing to lose; SIGTERM they leave to the main process."""
+        if self.closed or os.getpid() != self.owner:  # or a fork of the owner, which has a copy of this object
+            return
+        self.closed = True
+        atexit.unregister(self.close)
+        for process, _ in self.workers:
+            process.kill()
+        for process, _ in self.workers:
+            process.join(1)  # one that waits for a dead network disk does not even end so, until the disk answers
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach every process; only the main one decides, and may still want batches."""
+def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
+    """A worker: keys in, batches out, until it is killed."""
+    # Ctrl-C, and a scheduler's SIGTERM, reach every process; only the main one decides, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            batch = reader(pipe.recv())
+        except EOFError:  # the parent has gone
+            return
+        except Exception as error:
+            batch = _noted(error)
+        try:
+            pipe.send(batch)
+        except BrokenPipeError:
+            return
+        except Exception as error:  # torch's RuntimeError: no room in shared memory; others: it cannot be pickled
+            kind, remedy = (WorkerDied, f": {_FREE_SHARED}") if type(error) is RuntimeError else (RuntimeError, "")
+            pipe.send(kind(f"a data worker cannot send what it has read ({error}){remedy}"))
+        del batch  # its shared memory
+
+
+def _noted(error: Exception) -> Exception:
+    if not isinstance(error, InputError):  # whose one line is all that its reader needs
+        error.add_note("in a data worker:\n" + traceback.format_exc())
+    return error
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the main process is killed, whatever it hangs in."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
+    while parent is not None and parent.is_alive() and os.getppid() == number:
+        parent.join(1)
+    os._exit(1)
+
+
+def _say_if_dead(process: BaseProcess) -> None:
+    process.join(1)
+    code = process.exitcode
+    if code is None:
+        return
+    name = signal.Signals(-code).name if code < 0 else ""
+    if name == "SIGBUS":
+        raise WorkerDied(f"shared memory was exhausted and a data worker ended: {_FREE_SHARED}") from None
+    how = f"was killed by {name}" if name else f"ended with code {code}"
+    raise WorkerDied(f"a data worker {how}, as when memory is exhausted: lower --workers or free memory") from None
+
+
+def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """In page-locked memory, copied there by a thread, one batch ahead of the loop."""
+    device = torch.accelerator.current_device_index()
+
+    def fetch(future: Future[Batch | None]) -> None:
+        try:
+            torch.accelerator.set_device_index(device)  # of this thread, which would begin with the first one
+            batch = next(batches, None)
+            if batch is not None:
+                fields = {name: x.pin_memory() for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+                batch = batch._replace(**fields)
+            future.set_result(batch)
+        except BaseException as error:
+            future.set_exception(error)
+
+    def begin() -> Future[Batch | None]:
+        future: Future[Batch | None] = Future()
+        threading.Thread(target=fetch, args=(future,), daemon=True).start()
+        return future
+
+    following = begin()
+    while (batch := following.result()) is not None:
+        following = begin()
+        yield batch

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from normfree.config import InputError, check_writable
 from normfree.data.images import IMAGE_SUFFIXES, ImageSet, UnreadableImage, lot, open_image, read_image
@@ -79,15 +78,12 @@ def each(images: ImageSet, indices: Sequence[int], function: Job, workers: int) 
 
 
 @dataclass(frozen=True)
-class _Each(Dataset):
+class _Each:
     images: ImageSet
     function: Job
 
-    def __getitem__(self, indices: Sequence[int]) -> list[Any] | InputError:
-        try:
-            return [self.function(self.images, index) for index in indices]
-        except InputError as error:
-            return error
+    def __call__(self, indices: Sequence[int]) -> list[Any]:
+        return [self.function(self.images, index) for index in indices]
 
 
 def _pack_part(
