@@ -31,8 +31,9 @@ MAX_PX, MAX_SEED, MAX_WORKERS = 4096, 2**32 - 1, 256
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'nfnet_f0'?"`, or nothing where no known word is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    folded = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), list(folded), n=1)
+    return f"; did you mean {folded[close[0]]!r}?" if close else ""
 
 
 def quoted(path: str | os.PathLike[str]) -> str:

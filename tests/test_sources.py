@@ -5,15 +5,23 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import types
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from normfree.config import InputError
@@ -26,6 +34,7 @@ from normfree.data import (
     count_sampled,
     find_images,
     fingerprint,
+    has_validation,
     look_at,
     open_dataset,
     open_evaluation,
@@ -33,7 +42,9 @@ from normfree.data import (
     sample_rng,
     train_batches,
 )
-from normfree.data.images import read_size
+from normfree.data import images as images_module
+from normfree.data.images import hold_out, read_size
+from normfree.data.shards import named_parts, split_files
 
 COLOUR = (200, 100, 40)
 LUMA = 0.299 * 200 + 0.587 * 100 + 0.114 * 40
@@ -314,7 +325,7 @@ def names_of(images: Any) -> list[str]:
     return [images.name(index) for index in range(len(images))]
 
 
-@pytest.mark.parametrize("folder", ["validation", "val", "valid", "test"])
+@pytest.mark.parametrize("folder", ["validation", "val", "valid", "test", "Testing", "DEV", "Eval", "Evaluation"])
 def test_split_folders(folder: str, tmp_path: Path) -> None:
     plant(tmp_path, "train/dog/b.png", "train/cat/a.JPG", "train/cat/deep/er/0.webp", f"{folder}/dog/c.png")
     (tmp_path / "train/cat/notes.txt").write_text("not an image")
@@ -331,8 +342,60 @@ def test_split_folders(folder: str, tmp_path: Path) -> None:
 
 
 def test_validation_is_preferred_to_test(tmp_path: Path) -> None:
-    plant(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/1.png", "val/a/2.png", "validation/a/3.png")
-    assert names_of(open_dataset(str(tmp_path))[1]) == ["validation/a/3.png"]
+    plant(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/1.png", "val/a/2.png")
+    assert names_of(open_dataset(str(tmp_path))[1]) == ["val/a/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "is_test"),
+    [("Training", "Testing", True), ("TRAIN", "Val", False), ("train", "dev", False), ("training", "TEST", True)],
+)
+def test_parts_are_known_in_any_letter_case(train: str, held: str, is_test: bool, tmp_path: Path) -> None:
+    plant(tmp_path, *numbered(f"{train}/cat", 2), *numbered(f"{train}/dog", 2), f"{held}/dog/7.png")
+    images, validation = open_dataset(str(tmp_path))
+    assert images.class_names == ("cat", "dog")
+    assert (names_of(images)[0], names_of(validation)) == (f"{train}/cat/000.png", [f"{held}/dog/7.png"])
+    assert any("test images serve for validation" in note for note in images.notes) == is_test
+    assert has_validation(str(tmp_path))
+    assert split_files([f"x/{train}-0.tar", f"x/{held}/1.tar"]).keys() == {train.lower(), held.lower()}
+
+
+def test_two_folders_for_one_part(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("train/a", 2), *numbered("train/b", 2), "val/a/1.png", "validation/a/2.png")
+    complaint(open_dataset, str(tmp_path), match="has 'val' and 'validation', both for validation: keep one of them")
+    (tmp_path / "val").rename(tmp_path / "training")
+    complaint(open_dataset, str(tmp_path), match="has 'train' and 'training', both for train: keep one of them")
+    complaint(split_files, ["d/train-0.tar", "d/Training-1.tar"], match="d has 'train' and 'training', both for train")
+
+
+def test_parts_of_which_none_is_to_train_on() -> None:
+    parts = named_parts(["test", "Val"], lambda name: ArrayImages)  # type: ignore
+    assert parts.train is None
+    assert (parts.validation is not None, parts.test, parts.whole) == (True, False, True)
+
+
+def test_class_folders_that_hold_the_same_folders(tmp_path: Path) -> None:
+    plant(tmp_path / "sets", *(f"{part} set/{c}/0.png" for part in ("Seen", "Unseen") for c in ("cat", "dog")))
+    both = r"in .*sets, 'Seen set', 'Unseen set' all hold the folders cat, dog: are those the classes\? then give"
+    complaint(open_dataset, str(tmp_path / "sets"), match=both + ".*sets/Seen set, or name the parts train and valid")
+    (tmp_path / "sets/Unseen set/dog/0.png").unlink()  # a class is missing from one of them
+    plant(tmp_path / "sets", "Unseen set/Cat/1.png", "Unseen set/DOG/1.png")
+    complaint(open_dataset, str(tmp_path / "sets"), match=both)
+    complaint(open_evaluation, str(tmp_path / "sets"), ["cat", "dog"], match=both)
+    plant(tmp_path / "parts", *(f"{c}/{part}/0.png" for c in ("cat", "dog", "eel") for part in ("train", "Val")))
+    (tmp_path / "parts/eel/Val/0.png").unlink()
+    remedy = "hold the folders train, val: put the parts first, as in .*parts/train/cat"
+    complaint(open_dataset, str(tmp_path / "parts"), match=remedy)
+    plant(tmp_path / "in" / "train", *(f"{c}/{view}/0.png" for c in "ab" for view in "xy"))
+    complaint(open_dataset, str(tmp_path / "in"), match="in .*in/train, 'a', 'b' all hold the folders x, y")
+
+
+def test_folders_in_class_folders_that_are_no_classes(tmp_path: Path) -> None:
+    plant(tmp_path / "one", *(f"{c}/images/{n}.png" for c in "ab" for n in range(2)))
+    plant(tmp_path / "own", *(f"{c}/{c}{n}/0.png" for c in "ab" for n in range(2)))
+    plant(tmp_path / "beside", *(f"{c}/{view}/0.png" for c in "ab" for view in "xy"), "a/0.png", "b/0.png")
+    for name in ("one", "own", "beside"):
+        assert open_dataset(str(tmp_path / name))[0].class_names == ("a", "b")
 
 
 def test_train_may_be_a_class(tmp_path: Path) -> None:
@@ -346,22 +409,73 @@ def test_held_out_share(part: str, tmp_path: Path) -> None:
     plant(tmp_path, *numbered(f"{part}few", 2), *numbered(f"{part}many", 40), f"{part}single/0.png")
     train, validation = open_dataset(str(tmp_path), validation_fraction=0.2, seed=5)
     assert train.class_names == validation.class_names == ("few", "many", "single")
-    assert Counter(validation.targets) == {0: 1, 1: 8}
-    assert Counter(train.targets) == {0: 1, 1: 32, 2: 1}
-    assert not set(names_of(train)) & set(names_of(validation))
+    assert (Counter(train.targets)[0], Counter(train.targets)[2], Counter(validation.targets)[0]) == (1, 1, 1)
+    many = {f"many/{number:03d}.png" for number in range(40)}
+    below = {name for name in many if blake2b(f"5/{name}".encode(), digest_size=8).digest()[0] < 0.2 * 256}
+    assert {name.removeprefix(part) for name in names_of(validation)} & many == below
+    assert {name.removeprefix(part) for name in names_of(train)} & many == many - below
+    assert 4 <= len(below) <= 12
     again = open_dataset(str(tmp_path), validation_fraction=0.2, seed=5)[1]
     other = open_dataset(str(tmp_path), validation_fraction=0.2, seed=6)[1]
     assert names_of(again) == names_of(validation) != names_of(other)
 
 
-def test_held_out_images_stay_when_another_class_grows(tmp_path: Path) -> None:
-    plant(tmp_path, *numbered("cat", 20), *numbered("dog", 20))
-    before = names_of(open_dataset(str(tmp_path))[1])
-    plant(tmp_path, *numbered("ant", 30), *numbered("dog/more", 30))
-    after = names_of(open_dataset(str(tmp_path))[1])
-    cats = [name for name in before if name.startswith("cat")]
-    assert len(cats) == 2
-    assert [name for name in after if name.startswith("cat")] == cats
+def sides(names: Iterable[str], fraction: float = 0.1, seed: int = 0, prefix: str = "") -> dict[str, bool]:
+    """Whether each image is held out, by name; its first folder is its class."""
+    paths = sorted(names)
+    classes = sorted({path.removeprefix(prefix).split("/")[0] for path in paths})
+    targets = [classes.index(path.removeprefix(prefix).split("/")[0]) for path in paths]
+    images = FolderImages(class_names=tuple(classes), targets=targets, root="", paths=paths)
+    parts = hold_out(images, fraction, seed, prefix)
+    assert sorted(names_of(parts[0]) + names_of(parts[1])) == paths
+    return {name: bool(held) for held, part in enumerate(parts) for name in names_of(part)}
+
+
+def test_images_that_are_added_move_none() -> None:
+    few = {f"{c}/{n:03d}.png" for c in ("cat", "dog") for n in range(100)}
+    many = few | {f"{c}/{n:03d}.png" for c in ("ant", "cat", "dog") for n in range(-30, 140)}
+    before, after = sides(few), sides(many)
+    assert before.items() <= after.items()
+    assert 0.05 * len(many) < sum(after.values()) < 0.15 * len(many)
+    assert sides(many, seed=1) != after
+    wider = sides(many, fraction=0.3)
+    assert all(wider[name] for name, held in after.items() if held)
+
+
+@given(
+    present=st.sets(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), min_size=1),
+    added=st.sets(st.tuples(st.sampled_from("abc"), st.integers(0, 99))),
+    fraction=st.sampled_from([0.05, 0.1, 0.5, 0.9]),
+    seed=st.integers(0, 5),
+)
+def test_sides_are_by_name_but_for_the_smallest_classes(present: Any, added: Any, fraction: float, seed: int) -> None:
+    def lot(image: tuple[str, int]) -> float:
+        digest = blake2b(f"{seed}/{image[0]}/{image[1]}.png".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) / 2**64
+
+    for images in (present, present | added):
+        by_class = {c: sorted((image for image in images if image[0] == c), key=lot) for c in "abc"}
+        assume(any(len(found) > 1 for found in by_class.values()))
+        found = sides((f"{c}/{n}.png" for c, n in images), fraction, seed)
+        for (c, n), held in ((image, found[f"{image[0]}/{image[1]}.png"]) for image in images):
+            alike = by_class[c]
+            if len(alike) == 1 or (c, n) == alike[-1]:
+                assert not held
+            elif (c, n) == alike[0]:
+                assert held
+            else:
+                assert held == (lot((c, n)) < fraction)
+
+
+def test_sides_do_not_hang_on_where_or_how_a_name_is_written(tmp_path: Path) -> None:
+    names = {f"caf\u00e9/{n}.png" for n in range(60)} | {f"b/{n}.png" for n in range(60)}
+    by_name = sides(names)
+    assert sides({f"train/{name}" for name in names}, prefix="train/") == {f"train/{n}": s for n, s in by_name.items()}
+    decomposed = sides({unicodedata.normalize("NFD", name) for name in names})
+    assert decomposed == {unicodedata.normalize("NFD", name): side for name, side in by_name.items()}
+    plant(tmp_path, *numbered("train/a", 30), *numbered("train/b", 30))
+    whole, inner = (open_dataset(str(tmp_path / part), seed=3)[1] for part in ("", "train"))
+    assert [name.removeprefix("train/") for name in names_of(whole)] == names_of(inner)
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
@@ -456,6 +570,7 @@ def test_default_order_is_a_full_permutation(tmp_path: Path) -> None:
     plant(tmp_path, *numbered("a", 30), *numbered("b", 30))
     for images in (open_dataset(str(tmp_path))[0], open_dataset("mnist5k")[0]):
         for epoch in (0, 3):
+            images = images.subset(range(len(images) // 2 * 2))
             expected = sample_rng(5, epoch, 0, 1).permutation(len(images))
             assert np.array_equal(images.order(sample_rng(5, epoch, 0, 1)), expected)
             step = epoch * len(images) // 2
@@ -470,6 +585,112 @@ def test_source_is_the_stored_image(tmp_path: Path) -> None:
     assert images.source(2) == str(tmp_path / "b/000.png")
     digits = open_dataset("mnist5k")[0]
     assert np.array_equal(read_pixels(digits.source(7), channels=1), np.asarray(digits.read(7, channels=1)))
+
+
+@pytest.mark.parametrize("where", ["", "runs", "runs/of/may", "done"])
+def test_folders_of_runs_are_no_classes(where: str, tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("a", 4), *numbered("b", 4))
+    before = open_dataset(str(tmp_path))
+    for name, inside in (("x-1", "log.jsonl"), ("x-2", "checkpoints/step-1/model")):
+        run = tmp_path / where / name
+        (run / inside).parent.mkdir(parents=True)
+        (run / inside).write_text("{}")
+        (run / "config.json").write_text("{}")
+        plant(run, "curves.png")
+        (tmp_path / where / "notes.txt").write_text("no image")
+    train, validation = open_dataset(str(tmp_path))
+    assert [names_of(part) for part in before] == [names_of(train), names_of(validation)]
+    assert train.class_names == ("a", "b")
+    left_out = (where.partition("/")[0],) if where else ("x-1", "x-2")
+    assert train.notes[: len(left_out)] == tuple(f"{name} is left out: it holds training runs" for name in left_out)
+    assert len(find_images([str(tmp_path)])) == 8
+
+
+def test_runs_may_be_a_class(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("catches", 4), *numbered("runs", 4))
+    (tmp_path / "catches/config.json").write_text("{}")
+    assert open_dataset(str(tmp_path))[0].class_names == ("catches", "runs")
+    for image in (tmp_path / "runs").iterdir():
+        image.unlink()
+    complaint(open_dataset, str(tmp_path), match="one class only, 'catches'")  # as a run that failed leaves it
+    (tmp_path / "runs/runs").symlink_to(tmp_path)
+    complaint(open_dataset, str(tmp_path), match="class folder .*runs has no images")
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("a", 4), *numbered("b", 4), "a/@eaDir/x.png", "a/._000.png", "._b/0.png")
+    for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found", "__pycache__", "$RECYCLE.BIN"):
+        plant(tmp_path, f"{name}/0.png", f"{name}/a/1.png")
+    for name in ("Thumbs.db", "a/Thumbs.db", "b/desktop.ini", "b/.DS_Store", "a/._001.heic"):
+        (tmp_path / name).write_bytes(b"?")
+    train, validation = open_dataset(str(tmp_path))
+    assert (train.class_names, len(train) + len(validation)) == (("a", "b"), 8)
+    assert not any("read" in note for note in train.notes)
+    assert len(find_images([str(tmp_path)])) == 8
+
+
+@pytest.fixture
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images_module._formats.cache_clear()
+    yield
+    images_module._formats.cache_clear()
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture, no_heif: None) -> None:
+    root = plant(tmp_path / "in", *numbered("a", 4), *numbered("b", 4), "loose.png")
+    for number in range(6):
+        (root / f"a/{number}.HEIC").write_bytes(b"?")
+        (root / f"b/{number}").write_bytes(encode(Image.new("L", (4, 4)), "JPEG"))
+    (root / "b/more").mkdir()
+    (root / "b/more/list.txt").write_text("?")
+    expected = (
+        "1 image is beside the class folders, where none is read: loose.png",
+        "13 files are not read: 6 without suffix, 6 .heic, 1 .txt; .heic is read after pip install pillow-heif; "
+        "b/0 (without suffix) is an image: rename such files to .jpeg",
+    )
+    assert open_dataset(str(root))[0].notes[:2] == expected
+    assert open_evaluation(str(root), ["a", "b"]).notes == expected
+    for part in ("train", "val"):
+        shutil.copytree(root / "a", tmp_path / "parts" / part / "a")
+        shutil.copytree(root / "a", tmp_path / "parts" / part / "b")
+    notes = [note.partition(";")[0] for note in open_dataset(str(tmp_path / "parts"))[0].notes]
+    assert notes[:2] == [f"{part}: 12 files are not read: 12 .heic" for part in ("train", "val")]
+    capsys.readouterr()
+    find_images([str(root / "b")])
+    warning = f"warning: {root / 'b'}: 7 files are not read: 6 without suffix, 1 .txt; 0 (without suffix) is an image"
+    assert capsys.readouterr().err.startswith(warning)
+    complaint(find_images, [str(root / "b/more")], match="it contains files, but no images: .txt")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_heif: None
+) -> None:
+    """In its place a plug-in for Pillow that reads GIF files and calls them HEIF."""
+
+    class Heif(GifImageFile):
+        format = "HEIF"
+
+    plugin = types.ModuleType("pillow_heif")
+    vars(plugin)["register_heif_opener"] = lambda: Image.register_open("HEIF", Heif, lambda start: start[:3] == b"GIF")
+    plant(tmp_path, "a/0.gif", "a/1.gif", "b/0.gif", "b/1.gif")
+    for path in tmp_path.rglob("*.gif"):
+        path.rename(path.with_suffix(".HEIC"))
+    try:
+        complaint(
+            open_dataset, str(tmp_path), match=r"no images: \.heic .*; \.heic is read after pip install pillow-heif"
+        )
+        monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+        monkeypatch.setattr(images_module, "_FORMATS", ("JPEG", "PNG"))
+        images_module._formats.cache_clear()
+        train, validation = open_dataset(str(tmp_path))
+        assert (len(train), len(validation)) == (2, 2)
+        assert np.asarray(train.read(0))[0, 0].tolist() == list(COLOUR)
+        assert not any("read" in note for note in train.notes)
+    finally:
+        Image.ID[:] = [name for name in Image.ID if name != "HEIF"]
+        Image.OPEN.pop("HEIF", None)
 
 
 # --- complaints ---
@@ -584,7 +805,7 @@ def test_notes(tmp_path: Path) -> None:
     assert notes(tmp_path / "uneven") == ("uneven classes: 3 training images of 'rare', 30 of 'c'",)
     plant(tmp_path / "lone", *numbered("a", 10), "b/0.png")  # the only one of its class stays with the training images
     assert notes(tmp_path / "lone") == (
-        "it has no validation images: 0.1 of each class is held out",
+        "it has no validation images: about 0.1 of each class is held out",
         "1 of 2 classes have no validation images: 'b'",
         "few validation images: one is 100 % of the accuracy",
     )

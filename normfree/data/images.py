@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
 import os
 import re
+import unicodedata
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,10 +26,27 @@ ImageSource = str | os.PathLike[str] | bytes | BinaryIO
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng bmp gif webp tif tiff ppm pgm pbm pnm pfm jp2 j2k avif"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 # Raster formats only: Pillow would hand an EPS file that calls itself .jpg to a PostScript interpreter.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _MODES = {1: "L", 3: "RGB"}
 _CACHE_BYTES = 2**30
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read: HEIF, too, where the package pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif  # type: ignore
+
+        pillow_heif.register_heif_opener()
+        return (*_FORMATS, "HEIF")
+    return _FORMATS
+
+
+def image_suffixes() -> frozenset[str]:
+    """Endings of the names of files that are read as images, in small letters."""
+    return IMAGE_SUFFIXES | HEIF_SUFFIXES if "HEIF" in _formats() else IMAGE_SUFFIXES
 
 
 class UnreadableImage(Exception):
@@ -78,7 +97,7 @@ def _plain_failures(source: ImageSource) -> Iterator[None]:
 
 
 def _open(source: ImageSource) -> Image.Image:
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     # Pillow only warns between one and two times its limit, and warnings are a matter of process-wide filters.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
@@ -310,17 +329,29 @@ class Parts(NamedTuple):
     """Whether the training images are not called so: they may be the ones to evaluate on."""
     folder: Path | None = None
     """Where the folders of the training classes are."""
+    prefix: str = ""
+    """What the names of the training images begin with, as "train/", and would not if `folder` were the data set."""
 
 
-def hold_out(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(kept, held out): of each class the `fraction` whose hashed (seed, name) comes first, so others do not matter."""
-    by_class: dict[int, list[int]] = {}
+def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> tuple[ImageSet, ImageSet]:
+    """(kept, held out): an image is held out if its lot, hashed from (seed, name) to [0, 1), is below `fraction`.
+
+    So its side depends on no other image, and images that are added move none. The exception are classes that would be
+    on one side only: of two images or more the lowest lot is always held out, the highest always kept; a single image
+    is kept. `prefix` is not part of a name, and accents may be written in either way that Unicode has.
+    """
+
+    def place(index: int) -> int:
+        name = unicodedata.normalize("NFC", images.name(index).removeprefix(prefix))
+        return int.from_bytes(lot(seed, name))
+
+    by_class: dict[int, list[tuple[int, int]]] = {}
     for index, target in enumerate(images.targets):
-        by_class.setdefault(target, []).append(index)
+        by_class.setdefault(target, []).append((place(index), index))
     held_out: set[int] = set()
-    for indices in by_class.values():
-        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        held_out.update(sorted(indices, key=lambda index: lot(seed, images.name(index)))[:count])
+    for lots in by_class.values():
+        below = sum(number < fraction * 2**64 for number, _ in lots)
+        held_out.update(index for _, index in sorted(lots)[: min(max(1, below), len(lots) - 1)])
     if not held_out:
         raise InputError("every class has a single image, so that none can be held out for validation; add images")
     kept = [index for index in range(len(images)) if index not in held_out]

