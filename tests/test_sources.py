@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import threading
 import types
 import unicodedata
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -159,11 +164,9 @@ def test_16_bit_grey_is_scaled(format: str, stored: str) -> None:
     assert read_pixels(data)[0, 2].tolist() == [128, 128, 128]
 
 
-def test_16_bit_big_endian_and_32_bit_grey() -> None:
+def test_16_bit_big_endian() -> None:
     big_endian = Image.frombytes("I;16B", (2, 1), np.array([32768, 65535], dtype=">u2").tobytes())
     assert read_pixels(encode(big_endian, "TIFF"), channels=1)[0].tolist() == [128, 255]
-    wide = Image.fromarray(np.array([[-5, 32768, 1_000_000]], dtype=np.int32))
-    assert read_pixels(encode(wide, "TIFF"), channels=1)[0].tolist() == [0, 128, 255]
 
 
 def test_16_bit_rgb() -> None:
@@ -172,9 +175,6 @@ def test_16_bit_rgb() -> None:
 
 
 def test_16_bit_rgb_png() -> None:
-    import struct
-    import zlib
-
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -184,11 +184,62 @@ def test_16_bit_rgb_png() -> None:
     assert read_pixels(data)[0, 0].tolist() == list(COLOUR)
 
 
-def test_float_grey() -> None:
-    unit = Image.fromarray(np.array([[0, 0.5, 1, np.nan]], dtype=np.float32))
-    assert read_pixels(encode(unit, "TIFF"), channels=1)[0].tolist() == [0, 128, 255, 0]
-    full = Image.fromarray(np.array([[-3, 100.4, 255, 300]], dtype=np.float32))
-    assert read_pixels(encode(full, "TIFF"), channels=1)[0].tolist() == [0, 100, 255, 255]
+WIDE = {  # type and values: what is seen, or what is wrong
+    ("f4", (0, 0.5, 1)): [0, 128, 255],
+    ("f4", (-0.1, 0.5, 1.1)): [0, 128, 255],  # resampling overshoots
+    ("f4", (0, 100.4, 255)): [0, 100, 255],
+    ("f4", (-3, 100.4, 300)): [0, 100, 255],
+    ("f4", (0, 25700, 65535)): [0, 100, 255],
+    ("f4", (0, 0, 0)): [0, 0, 0],
+    ("f4", (0, 2, 4095)): "float pixels from 0 to 4095, where 0..1, 0..255 and 0..65535 are known",
+    ("f4", (0, 2, 12.5)): "float pixels from 0 to 12.5, where",  # linear light: nearly black in 0..255
+    ("f4", (0, 2, 1e6)): "float pixels from 0 to 1e+06, where",
+    ("f4", (-0.5, 0, 0.5)): "float pixels from -0.5 to 0.5, where",
+    ("f4", (-1000, 0, 3000)): "float pixels from -1000 to 3000, where",
+    ("f4", (-3, -2, -1)): "float pixels from -3 to -1, where",
+    ("f4", (0, np.nan, 1)): "float pixels that are not finite",
+    ("f4", (0, 1, np.inf)): "float pixels that are not finite",
+    ("i4", (0, 100, 255)): [0, 100, 255],
+    ("i4", (0, 1, 3)): [0, 1, 3],
+    ("i4", (-5, 25700, 65535)): [0, 100, 255],
+    ("i4", (0, 1, 1_000_000)): "integer pixels from 0 to 1e+06, where 0..255 and 0..65535 are known",
+    ("i4", (-1024, 0, 3071)): "integer pixels from -1024 to 3071, where",
+}
+
+
+@pytest.mark.parametrize(("kind", "values"), WIDE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_of_wider_types_are_scaled_or_refused_by_their_range(kind: str, values: tuple, channels: int) -> None:
+    data = encode(Image.fromarray(np.array([values], dtype=kind)), "TIFF")
+    expected = WIDE[kind, values]
+    if isinstance(expected, str):
+        with pytest.raises(UnreadableImage, match=re.escape(expected)):
+            read_image(data, channels=channels)
+    else:
+        assert read_pixels(data, channels=channels)[0].reshape(3, -1)[:, 0].tolist() == expected
+
+
+def test_float_pixels_of_pfm() -> None:
+    pfm = b"Pf\n3 1\n-1.0\n" + np.array([0, 25700, 65535], dtype="<f4").tobytes()
+    assert read_pixels(pfm, channels=1)[0].tolist() == [0, 100, 255]
+
+
+def tiff(pixels: bytes, count: int, bits: int, sample_format: int = 1, photometric: int = 1) -> bytes:
+    """A row of `count` grey pixels, as Pillow does not write them."""
+    entries = {256: count, 257: 1, 258: bits, 259: 1, 262: photometric, 277: 1, 278: 1, 279: len(pixels)}
+    entries |= {273: 8 + 2 + 12 * 10 + 4, 339: sample_format}
+    fields = [struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries)]
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + b"".join(fields) + bytes(4) + pixels
+
+
+def test_rare_greys_of_tiff() -> None:
+    assert read_pixels(tiff(bytes([0x00, 0x08, 0x00, 0xFF, 0xF0]), 3, 12), channels=1)[0].tolist() == [0, 128, 255]
+    black_is_most = tiff(np.array([0, 25700, 65535], dtype="<u2").tobytes(), 3, 16, photometric=0)
+    assert read_pixels(black_is_most, channels=1)[0].tolist() == [255, 155, 0]
+    black_is_most = tiff(np.array([0, 0.5, 1], dtype="<f4").tobytes(), 3, 32, sample_format=3, photometric=0)
+    assert read_pixels(black_is_most, channels=1)[0].tolist() == [255, 128, 0]
+    with pytest.raises(UnreadableImage, match="signed 8-bit pixels"):
+        read_image(tiff(bytes([0x80, 0x00, 0x7F]), 3, 8, sample_format=2))
 
 
 TURNED = {  # what is seen, from what is stored, by the EXIF standard's table
@@ -287,6 +338,47 @@ def test_missing_forbidden_and_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Image, "open", forbid)  # a root user may read everything
     with pytest.raises(UnreadableImage, match=r"forbidden\.jpg: permission denied"):
         read_image("forbidden.jpg")
+
+
+class Paused(io.BytesIO):
+    """A file whose reading begins, and then waits to be let on."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.begun.set()
+        assert self.go.wait(10)
+        return super().read(size)
+
+
+def test_reading_in_threads_leaves_the_warnings_of_others_alone() -> None:
+    """Two readings that overlap: the filters are the process's, and whoever swaps them swaps them for all threads."""
+    files = [Paused(encode(Image.new("RGB", (8, 8)))) for _ in range(2)]
+    threads = [threading.Thread(target=read_image, args=(file,)) for file in files]
+    for file, thread in zip(files, threads, strict=True):
+        thread.start()
+        assert file.begun.wait(10)
+        with pytest.raises(UserWarning, match="of somebody else"):
+            warnings.warn("of somebody else", UserWarning, stacklevel=1)
+    for file, thread in zip(files, threads, strict=True):
+        file.go.set()
+        thread.join()
+    with pytest.raises(UserWarning, match="of somebody else"):
+        warnings.warn("of somebody else", UserWarning, stacklevel=1)
+
+
+def test_odd_metadata_are_no_reason_to_warn() -> None:
+    """Pillow warns of an EXIF block that is cut off; with warnings as errors the picture would be unreadable."""
+    exif = Image.Exif()
+    exif[0x010E] = "a description that is long enough to lie outside its entry"
+    data = encode(Image.new("RGB", (8, 8), COLOUR), "PNG", exif=exif.tobytes()[:40])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(data)).getexif()
+    assert caught
+    assert read_pixels(data)[0, 0].tolist() == list(COLOUR)
 
 
 @pytest.mark.parametrize("side", [12, 20])  # Pillow itself warns below twice its limit, and raises above

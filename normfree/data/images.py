@@ -15,10 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from normfree.config import InputError
 
@@ -30,6 +31,10 @@ HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 # Raster formats only: Pillow would hand an EPS file that calls itself .jpg to a PostScript interpreter.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _MODES = {1: "L", 3: "RGB"}
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_PILLOW = re.compile(r"PIL\.")  # its modules
+_OVERSHOOT = 1 / 5  # of the range of a float picture: what resampling may add at either end
+_LEAST_SHARE = 1 / 16  # of its range, that the brightest pixel of a float picture reaches
 _CACHE_BYTES = 2**30
 
 
@@ -63,8 +68,9 @@ class UnreadableImage(Exception):
 def read_image(source: ImageSource, *, channels: int = 3, min_px: int | None = None) -> Image.Image:
     """Decode an image upright, whatever its format and mode, as 8-bit RGB (`channels` 3) or grey (1).
 
-    Transparency is laid over white. 16-bit grey is scaled to 8 bits, where Pillow would clip it. Of an animation the
-    first frame is taken. `min_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (much faster), as long as its
+    Transparency is laid over white. 16-bit grey is scaled to 8 bits, where Pillow would clip it; float and 32-bit grey,
+    too, by the smallest range that holds them: 0..1 (floats only), 0..255 or 0..65535. Of an animation the first frame
+    is taken. `min_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (much faster), as long as its
     short side keeps that many pixels. Raises `UnreadableImage` for everything else, Pillow's own size limit included.
     """
     with _plain_failures(source):
@@ -88,12 +94,17 @@ def open_image(source: ImageSource) -> Iterator[Image.Image]:
 def _plain_failures(source: ImageSource) -> Iterator[None]:
     """Whatever Pillow raises as `UnreadableImage`, and no warnings: odd metadata is no fault of the pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        _ignore_pillows_warnings()
+        yield
     except Exception as error:  # decoders raise nearly every type on damaged files
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
         raise UnreadableImage(name, _reason(error, source)) from None
+
+
+def _ignore_pillows_warnings() -> None:
+    """By a filter that stays: `warnings.catch_warnings` swaps the filters of all threads, and not in order."""
+    if ("ignore", None, _PILLOW, Warning, 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", category=Warning, module=_PILLOW.pattern)
 
 
 def _open(source: ImageSource) -> Image.Image:
@@ -117,6 +128,8 @@ def _decode(source: ImageSource, min_px: int | None) -> Image.Image:
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     """Any Pillow mode to 8-bit L or RGB."""
+    if image.mode == "L" and _tiff_tag(image, _SAMPLE_FORMAT) == (2,):
+        raise ValueError("signed 8-bit pixels, which Pillow takes for unsigned ones")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_8_bit(image)
     if image.has_transparency_data:
@@ -128,14 +141,41 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (value / 257), or of floats: 0..1 where none is larger, else 0..255; LA if one value is clear."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32))
-    scale = 1 / 257 if image.mode != "F" else 255.0 if values.max() <= 1 else 1.0
-    grey = Image.fromarray((values * np.float32(scale)).round().clip(0, 255).astype(np.uint8))
+    """Grey of more than 8 bits, or of floats, by its range; LA if one value is clear. ValueError: no known range."""
+    values = np.asarray(image).astype(np.float32)
+    top = _range(image, values)
+    scaled = values * np.float32(255 / top)
+    if _tiff_tag(image, _PHOTOMETRIC) == 0:  # white is 0: of up to 8 bits Pillow knows that
+        scaled = 255 - scaled
+    grey = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _range(image: Image.Image, values: np.ndarray) -> int:
+    """What stands for white; 0 stands for black.
+
+    A type of 16 bits says it. Floats and wide integers do not: 0..1, 0..255 and 0..65535 are in use, and the smallest
+    that holds the values is taken. Values that lie beyond one and use little of the next belong to neither.
+    """
+    if image.mode != "F" and (image.mode != "I" or image.format != "TIFF"):  # Pillow scales PGM to 16 bits
+        return 4095 if _tiff_tag(image, _BITS) == (12,) else 65535
+    kind, ranges = ("float", (1, 255, 65535)) if image.mode == "F" else ("integer", (255, 65535))
+    if not np.isfinite(values).all():
+        raise ValueError(f"{kind} pixels that are not finite")
+    low, high = float(values.min()), float(values.max())
+    for top in ranges:
+        dim = top != ranges[0] and high < _LEAST_SHARE * top
+        if high <= (1 + _OVERSHOOT) * top and low >= -_OVERSHOOT * high and not dim:
+            return top
+    known = " and ".join(", ".join(f"0..{top}" for top in ranges).rsplit(", ", 1))
+    raise ValueError(f"{kind} pixels from {low:g} to {high:g}, where {known} are known")
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    return image.tag_v2.get(tag) if isinstance(image, TiffImageFile) else None
 
 
 def _reason(error: Exception, source: ImageSource) -> str:
