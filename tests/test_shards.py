@@ -255,6 +255,63 @@ def test_labels_in_every_form(tmp_path: Path) -> None:
     assert images.name(0) == "w.tar/deep/er/a"
 
 
+CLASHES = {  # members of a shard, and what is said of them
+    "two formats": (["000.jpg", "000.png", "000.cls"], "000.jpg and 000.png are both the image 000"),
+    "one name twice": (
+        ["000.jpg", "000.cls", "001.jpg", "001.cls", "000.jpg"],
+        "000.jpg and 000.jpg are both the image",
+    ),
+    "letter case": (["000.JPG", "000.jpg", "000.cls"], "000.JPG and 000.jpg are both the image 000"),
+    "in a folder": (
+        ["a/000.jpg", "./000.jpg", "a/000.webp", "a/000.cls"],
+        "a/000.jpg and a/000.webp are both the image",
+    ),
+    "two views": (
+        ["000.left.jpg", "000.right.jpg", "000.cls"],
+        "000.left.jpg and 000.right.jpg are both the image 000",
+    ),
+    "number and number": (["000.jpg", "000.cls", "000.json"], "000.cls says 0, 000.json says 7"),
+    "the other way round": (["000.jpg", "000.json", "000.cls"], "000.json says 7, 000.cls says 0"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_members_that_contradict_each_other_are_named(case: str, tmp_path: Path) -> None:
+    names, complains = CLASHES[case]
+    shard = str(tmp_path / "x.tar")
+    with tarfile.open(shard, "w") as tar:
+        for name in names:
+            content = {"cls": b"0", "json": b'{"label": 7}'}.get(name.rpartition(".")[2]) or png()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    complaint(scan, shard, match=f"x.tar: {complains}")
+
+
+def test_members_that_go_together(tmp_path: Path) -> None:
+    """A number and a name, a repeated label, fields beside the image, dots in a name, what macOS adds."""
+    members = {
+        "0.jpg": png(0),
+        "0.seg.png": png(50),
+        "0.depth.png": png(60),
+        "0.cls": b"0",
+        "0.json": b'{"label": "ant"}',
+        "1.v2.png": png(10),
+        "1.json": b'{"label": 1}',
+        "1.cls": b"1",
+        "2.png": png(20),
+        "2.cls": b" ",
+        "2.json": b'{"label": 2}',
+        "._2.png": b"of the Finder",
+    }
+    found = scan(write_tar(tmp_path / "x.tar", members))
+    assert dict(zip(found.keys.tolist(), found.labels.tolist(), strict=True)) == {b"0": b"0", b"1": b"1", b"2": b"2"}
+    images = open_evaluation(str(tmp_path / "x.tar"), ["0", "1", "2"])
+    assert sorted(images.read(i).getpixel((0, 0))[0] for i in range(3)) == [0, 10, 20]  # type: ignore
+    twice = [write_tar(tmp_path / f"{name}.tar", {"0.png": png(), "0.cls": b"0"}) for name in "ab"]
+    assert len(open_evaluation(str(tmp_path / "{a,b}.tar"), ["0"])) == len(twice)
+
+
 def test_long_and_foreign_names(tmp_path: Path) -> None:
     long = "ü" * 150
     images = open_evaluation(write_tar(tmp_path / "x.tar", {f"{long}.png": png(7), f"{long}.cls": "ö".encode()}), ["ö"])

@@ -30,6 +30,7 @@ _ROLES = {"train": "train training", "validation": "validation val valid dev eva
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
 
 _LABEL_FIELDS = ("label", "cls", "class")
+_SCAN = 2  # raised when `scan` finds something else in a shard than it did, so that no older index is used
 _WINDOW_SHARDS = 16  # among which the images of an epoch are shuffled: what disk and caches have to hold at a time
 
 
@@ -222,7 +223,7 @@ def _index(shard: str) -> Index:
                 raise InputError(f"{index_file(shard)} is not the index of the shard beside it: delete it")
             return index
         stamp = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
-    remembered = data_folder() / "indexes" / f"{short_hash(stamp)}.npz"
+    remembered = data_folder() / "indexes" / f"{short_hash(f'{_SCAN} {stamp}')}.npz"
     index = None
     with contextlib.suppress(InputError):  # damaged, or there is none at the address
         index = Index.load(remembered) or (Index.load(index_file(shard)) if is_remote(shard) else None)
@@ -234,9 +235,14 @@ def _index(shard: str) -> Index:
 
 
 def scan(shard: str, classes: Sequence[str] = ()) -> Index:
-    """Reads headers and labels of a shard. InputError if it is damaged, and for an image without a label."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, bytes] = {}
+    """Reads headers and labels of a shard.
+
+    The image of a key is KEY.jpg, or KEY.ANYTHING.jpg where there is no other. InputError if the shard is damaged, for
+    an image without a label, and where members contradict each other: two images of a key, two labels.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    parts: dict[str, list[tarfile.TarInfo]] = {}
+    labels: dict[str, tuple[bytes, str]] = {}  # and which member says so
     suffixes = image_suffixes()
     try:
         with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -244,26 +250,47 @@ def scan(shard: str, classes: Sequence[str] = ()) -> Index:
                 folder, name = posixpath.split(member.name)
                 stem, _, suffix = name.lower().partition(".")
                 key = posixpath.join(folder, name[: len(stem)])
+                if member.isdir() or not stem:  # ._KEY.jpg is macOS's own
+                    continue
                 if f".{suffix}" in suffixes:
-                    images[key] = member.offset_data, member.size
-                elif suffix == "cls" or (suffix == "json" and key not in labels):
+                    if key in images:
+                        raise _two_images(shard, key, images[key], member)
+                    images[key] = member
+                elif posixpath.splitext(suffix)[1] in suffixes:
+                    parts.setdefault(key, []).append(member)
+                elif suffix in ("cls", "json"):
                     content = tar.extractfile(member)
-                    labels[key] = _label(content.read() if content else b"", suffix)
+                    label = _label(content.read() if content else b"", suffix)
+                    known, source = labels.get(key, (b"", ""))
+                    if known and label and known != label and known.isdigit() == label.isdigit():  # no number and name
+                        one, other = f"{source} says {os.fsdecode(known)}", f"{member.name} says {os.fsdecode(label)}"
+                        raise InputError(f"{shard}: {one}, {other}: only one of them can be the label")
+                    if label and (suffix == "cls" or not known):
+                        labels[key] = label, member.name
             file.seek(tar.offset)
             whole = file.read(512) == bytes(512)  # as after the last header; tarfile also stops at damaged ones
             size = file.seek(0, os.SEEK_END)
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{shard} is damaged, or no uncompressed tar ({error}): copy or pack it again") from None
+    for key, members in parts.items():
+        if len(members) > 1 and key not in images:
+            raise _two_images(shard, key, *members[:2])
+        images.setdefault(key, members[0])
     if not whole or not images:
         wrong = "has no images KEY.jpg" if whole else f"is cut off or damaged after {len(images)} images"
         raise InputError(f"{shard} {wrong}: copy or pack it again")
-    if unlabelled := next((key for key in images if not labels.get(key)), None):
+    if unlabelled := next((key for key in images if key not in labels), None):
         fields = f"{unlabelled}.cls, or {unlabelled}.json with one of the fields {', '.join(_LABEL_FIELDS)}"
         raise InputError(f"image {unlabelled} of {shard} has no label: it needs {fields}")
-    offsets, sizes = np.array(list(images.values()), dtype=np.int64).T
+    offsets, sizes = np.array([(image.offset_data, image.size) for image in images.values()], dtype=np.int64).T
     names = np.array([os.fsencode(name) for name in classes], dtype="S")
     keys = np.array([os.fsencode(key) for key in images])
-    return Index(keys, offsets, sizes, np.array([labels[key] for key in images]), names, np.array([size]))
+    return Index(keys, offsets, sizes, np.array([labels[key][0] for key in images]), names, np.array([size]))
+
+
+def _two_images(shard: str, key: str, one: tarfile.TarInfo, other: tarfile.TarInfo) -> InputError:
+    both = f"{one.name} and {other.name} are both the image {key}"
+    return InputError(f"{shard}: {both} (a key ends at the first dot of a name): give each a key of its own")
 
 
 def _label(content: bytes, suffix: str) -> bytes:
