@@ -7,10 +7,12 @@ from normfree.data.images import (
     ImageSet,
     UnreadableImage,
     cached,
+    changed,
     content_sample,
     count_sampled,
     fingerprint,
     fits_in_memory,
+    inventory,
     read_image,
 )
 from normfree.data.loader import Batch, eval_batches, train_batches
@@ -40,6 +42,7 @@ __all__ = [
     "TrainTransform",
     "UnreadableImage",
     "cached",
+    "changed",
     "content_sample",
     "count_sampled",
     "describe_classes",
@@ -48,6 +51,7 @@ __all__ = [
     "fingerprint",
     "fits_in_memory",
     "has_validation",
+    "inventory",
     "look_at",
     "normalize",
     "open_dataset",

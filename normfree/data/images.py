@@ -407,6 +407,39 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
+Inventory = dict[str, dict[str, list]]  # part -> class -> [number of images, hash of their names in order]
+
+
+def inventory(**parts: ImageSet) -> Inventory:
+    """What `changed` compares: JSON, of a size that depends on the classes alone."""
+    found: Inventory = {}
+    for part, images in parts.items():
+        digests = [hashlib.blake2b(digest_size=8) for _ in images.class_names]
+        counts = [0] * len(digests)
+        for index, target in enumerate(images.targets):
+            digests[target].update(os.fsencode(images.name(index)) + b"\0")
+            counts[target] += 1
+        rows = zip(images.class_names, counts, digests, strict=True)
+        found[part] = {name: [count, digest.hexdigest()] for name, count, digest in rows}
+    return found
+
+
+def changed(before: Inventory, now: Inventory) -> str | None:
+    """In words, the first difference between two inventories."""
+    for part in before.keys() | now.keys():
+        old, new = before.get(part, {}), now.get(part, {})
+        for name in (*old, *new):
+            if name not in new or name not in old:
+                return f"class {name!r} is {'gone' if name in old else 'new'}"
+            if old[name][0] != new[name][0]:
+                return f"class {name!r} has {new[name][0]} {part} images and had {old[name][0]}"
+            if old[name] != new[name]:
+                return f"class {name!r} has other {part} images, or the same in another order"
+        if list(old) != list(new):
+            return "the classes are in another order"
+    return None
+
+
 def content_sample(images: ImageSet, most: int = 64) -> tuple[str, ...]:
     """`SIZE-HASH` of the files, as they are stored, of at most `most` evenly spaced images; see `count_sampled`."""
     indices = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()

@@ -7,21 +7,23 @@ and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from normfree.config import InputError
 
 MANIFEST = "manifest.json"
+_LOCK_SECONDS = 8  # in which the data workers of a process that was killed end, and let go
 
 
 class DamagedCheckpoint(Exception):
@@ -31,30 +33,50 @@ class DamagedCheckpoint(Exception):
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], keep: int
 ) -> Path:
-    """Writes `folder/step-…`, then removes all but the newest `keep` and what interrupted writes left behind."""
-    from torch.distributed import checkpoint as dcp  # takes seconds to import, as does all that uses it
+    """Writes `folder/step-…`, then removes all but the newest `keep` and what interrupted writes left behind.
 
+    Raises:
+        OSError: as where the disk is full; what was there before is still there, and nothing beside it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}  # safetensors takes no strides
-    with _quiet():
-        dcp.save(packed, storage_writer=dcp.HuggingFaceStorageWriter(str(partial)), no_dist=True)
-    files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(partial.iterdir())}
-    manifest = {"format": 1, "step": step, "names": sorted(packed), "files": files, "extra": dict(extra)}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in partial.iterdir():
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    for stale in folder.glob("partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        partial.mkdir()
+        names = _write_tensors(partial, tensors)
+        files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(partial.iterdir())}
+        manifest = {"format": 1, "step": step, "names": names, "files": files, "extra": dict(extra)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync(folder)
     for old in _all_steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for stale in folder.glob("partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Through torch.distributed.checkpoint, whose error is a page with the reason in it. Returns the sorted names."""
+    from torch.distributed import checkpoint as dcp  # takes seconds to import, as does all that uses it
+
+    # safetensors takes no strides; a copy on the device would take memory that the next step may need
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with _quiet():
+            dcp.save(packed, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    except dcp.CheckpointException as error:
+        reason = next(reason for reason, _ in error.failures.values())
+        if isinstance(reason, OSError):
+            raise reason from None
+        raise OSError(" ".join(f"cannot write {folder}: {reason}".split())[:300]) from None
+    return sorted(packed)
 
 
 def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -123,6 +145,16 @@ def new_run_folder(path: Path) -> None:
         raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """The folder of a run is this process's until the context is left; InputError while it is another's."""
+    try:
+        with FileLock(folder / ".lock", timeout=_LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise InputError(f"another process is working in {folder}: wait for it, or stop it") from None
+
+
 def _all_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
@@ -133,15 +165,16 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Waits until a file or folder is on the disk; folders, where the system can."""
+    with contextlib.suppress(*[OSError] if path.is_dir() else []):  # Windows opens none, some file systems sync none
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.distributed.checkpoint warns that no process group exists; one process needs none."""
     with warnings.catch_warnings():

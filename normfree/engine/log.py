@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from normfree.config import InputError
+from normfree.native import library, status
+from normfree.weights.file import package_version, replacing
 
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
 
@@ -82,18 +86,25 @@ class RunLog:
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, folder)
         path = folder / "log.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
-        path.write_text("".join(kept))
+        self.begun: dict[str, Any] = next((o for o in map(json.loads, kept) if o["kind"] == "start"), {})
+        with replacing(path) as whole:
+            whole.write_text("".join(kept))
         self.file: TextIO = path.open("a", buffering=1)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One object on one line; numbers also go to TensorBoard and wandb as KIND/NAME."""
+        """One object on one line; numbers also go to TensorBoard and wandb as KIND/NAME. What is not finite is null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None and numbers:
             self.wandb.log(numbers, step=step)
+
+    def differences(self, here: Mapping[str, Any]) -> list[str]:
+        """What of `environment` is another one than when the run was begun, a line each."""
+        return [f"{k} {v}, was {self.begun[k]}" for k, v in here.items() if self.begun.get(k, v) != v]
 
     def close(self) -> None:
         self.file.close()
@@ -108,6 +119,16 @@ def wandb_init() -> Callable[..., Any]:
         return importlib.import_module("wandb").init
     except (ImportError, AttributeError):  # a folder called wandb, which wandb makes, is imported as an empty package
         raise InputError("--wandb needs a package that is not installed: pip install wandb") from None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run depend on and its configuration does not say."""
+    library()  # loaded now, so that its status says which it is
+    packages = {name: package_version(name) for name in ("normfree", "torch", "torchvision", "numpy", "pillow")}
+    vectors = torch.backends.cpu.get_cpu_capability()
+    cpu = {"kernels": status(), "threads": torch.get_num_threads(), "vectors": vectors}
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"device": device.type, **gpu, **packages, **cpu}
 
 
 def _open_wandb(project: str, folder: Path) -> Any:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from normfree.config import InputError, MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.distributed import keep_freed_memory
-from normfree.engine.log import ProgressBar, RunLog
+from normfree.engine.log import ProgressBar, RunLog, environment
 from normfree.layers import reuse_weights
 from normfree.optim import EMA, SAM, SGD_AGC, AGCStats, ascent_size
+from normfree.optim.agc import local
 
 
 class Diverged(RuntimeError):
@@ -65,6 +66,12 @@ class Task(Protocol):
         """The last evaluation in detail, class by class, as JSON; asked for once, at the end of the run."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What of the task must survive a kill, as JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     def save(self, path: Path) -> None:
         """The weight file of the model as it is."""
         ...
@@ -83,6 +90,7 @@ class Plan:
     micro_batch: int | None = None  # images that go through the network at once; None: the whole batch
     sam_rho: float = 0.0  # 0: no sharpness-aware minimization
     sam_fraction: float = 0.2
+    check_every: int | None = None  # steps between looks at the device for what is not finite; None: 1 on a CPU
 
 
 @dataclass
@@ -111,7 +119,7 @@ def train(
     Randomness inside a step follows from (seed, step) alone, so that a resumed run takes the same steps.
 
     Raises:
-        Diverged: loss or gradients are not finite; the newest checkpoint is from before.
+        Diverged: loss or gradients are not finite. That step is not made; the newest checkpoint is from before.
         Interrupted: after a signal, with a checkpoint of the step it came in.
     """
     model = task.model
@@ -123,53 +131,61 @@ def train(
 
     # --- where it starts ---
     tensors = _state(model, optimizer, ema)
-    extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}}
+    extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}, "task": {}}
     start = 0
     if resume:
         start, extra = _restore(checkpoints, tensors, extra)
+        if extra["task"]:
+            task.load_state_dict(extra["task"])
     log = RunLog(folder, start, machine.wandb)
     bar = ProgressBar("train", plan.total_steps, start)
     for line in extra.pop("damaged", []):
         bar.say(f"warning: {line}")
+    here = environment(device)
     if resume:
         bar.say(f"resume   after step {start} of {plan.total_steps}")
-    log.write("start", start, total_steps=plan.total_steps, device=str(device), torch=torch.__version__)
+        for line in log.differences(here):
+            bar.say(f"warning: not as the run was begun, so that its numbers may differ: {line}")
+    log.write("start", start, total_steps=plan.total_steps, **here)
     seconds_before, began = extra["seconds"], time.monotonic()
-    last_checkpoint, last_log, last_log_step = began, began, start
+    last_checkpoint, last_log, last_log_step, done = began, began, start, start
 
     def checkpoint(step: int) -> None:
         nonlocal last_checkpoint
+        bar.update(step, "writing a checkpoint")
         extra["seconds"] = seconds_before + time.monotonic() - began
+        extra["task"] = task.state_dict()
         save_checkpoint(checkpoints, step, _state(model, optimizer, ema), extra, machine.keep_checkpoints)
         last_checkpoint = time.monotonic()
+        bar.update(step, "")
+
+    def check_finite() -> None:
+        """Diverged if a step has been held back; waits for the device."""
+        if (bad := int(watch.first)) >= 0:
+            batch = next(task.batches(bad, bad + 1))
+            raise _diverged(_blame(task, sam, plan, batch, seed, bad), bad, plan.lr_at(bad))
 
     # --- the steps ---
     wait = _Wait()
     sam = SAM(optimizer, plan.sam_rho)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    check_every = plan.check_every or (1 if device.type == "cpu" else machine.log_every)
+    watch = _Watch(device)
     model.train()
     with _Signals() as signals:
         try:
             for step, batch in enumerate(wait.over(task.batches(start, plan.total_steps)), start):
-                torch.manual_seed(seed * 1_000_003 + step)
                 lr = plan.lr_at(step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                log_now = (step + 1) % machine.log_every == 0 or step + 1 in plan.eval_steps
+                check = log_now or (step + 1) % check_every == 0  # waits for the device; nothing is saved unchecked
+                loss = _gradients(task, sam, plan, batch, seed, step)
+                held = watch.see(step, loss, names)
+                if check:
+                    check_finite()
+                optimizer.step(ema=ema, ema_step=step, hold=held)
                 done = step + 1
-                log_now = done % machine.log_every == 0 or done in plan.eval_steps
-                check = device.type == "cpu" or log_now  # waits for the device; nothing is saved unchecked
-                optimizer.zero_grad(set_to_none=True)
-                if plan.sam_rho:
-                    _add_gradients(task, batch, ascent_size(plan.batch_size, plan.sam_fraction), plan.micro_batch)
-                    sam.ascend()
-                loss = _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
-                if check and not math.isfinite(loss.item()):
-                    raise _diverged(_bad_output(task, batch), step, lr)
-                if plan.sam_rho:
-                    sam.restore()
-                optimizer.step(ema=ema, ema_step=step)
-                if check and not math.isfinite(optimizer.stats.max_ratio.item()):
-                    raise _diverged(_bad_gradient(model), step, lr)
 
                 for line in task.notices(batch):
                     log.write("unreadable", done, name=line)
@@ -196,18 +212,25 @@ def train(
                 else:
                     bar.update(done)
 
+                due = check and time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60
+                if done in plan.eval_steps or due or (check and signals.received):
+                    _check_weights(_state(model, optimizer, ema), step, lr)
                 if done in plan.eval_steps:
                     before = time.monotonic()
                     _evaluate(task, ema, plan, done, extra, folder, log, bar)
                     checkpoint(done)
                     last_log += time.monotonic() - before  # images/s is of training alone
-                elif check and (
-                    signals.received or time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60
-                ):
+                elif due or (check and signals.received):
                     checkpoint(done)
                 if check and signals.received and done < plan.total_steps:
                     where = f"stopped after step {done} of {plan.total_steps}"
                     raise Interrupted(f"{where}; go on with: normfree train --resume {folder}", 128 + signals.received)
+        except Exception:
+            if wait.reading and done > start:  # the steps are whole: what failed is reading the next batch
+                check_finite()
+                checkpoint(done)
+                bar.say(f"after step {done} of {plan.total_steps}; go on with: normfree train --resume {quoted(folder)}")
+            raise
         finally:
             bar.close()
             log.close()
@@ -217,6 +240,22 @@ def train(
         task.save(folder / "last.safetensors")
     seconds = seconds_before + time.monotonic() - began
     return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"])
+
+
+def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Tensor:
+    """Mean loss of the batch of a step, whose gradient is left in the parameters; the same however often it is called.
+
+    With sharpness-aware minimization, not finite if the ascent's loss was not.
+    """
+    torch.manual_seed(seed * 1_000_003 + step)
+    sam.optimizer.zero_grad(set_to_none=True)
+    if not sam.rho:
+        return _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
+    ascent = _add_gradients(task, batch, ascent_size(plan.batch_size, plan.sam_fraction), plan.micro_batch)
+    sam.ascend()
+    loss = _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
+    sam.restore()
+    return torch.where(ascent.isfinite(), loss, ascent)
 
 
 def _add_gradients(task: Task, batch: Any, num_images: int, micro_batch: int | None) -> Tensor:
@@ -231,6 +270,20 @@ def _add_gradients(task: Task, batch: Any, num_images: int, micro_batch: int | N
             loss.backward()
             total = total.to(loss.device) + loss.detach()
     return total
+
+
+class _Watch:
+    """Keeps on the device which step was the first whose loss or gradients were not finite, -1 while there is none."""
+
+    def __init__(self, device: torch.device):
+        self.first = torch.full((), -1, device=device)
+
+    def see(self, step: int, loss: Tensor, params: Iterable[Tensor]) -> Tensor:
+        """Whether step `step` must not be made, since it or one before it is at fault; bool scalar on the device."""
+        grads = (local(p.grad) for p in params if p.grad is not None)
+        bad = ~(loss.isfinite() & _all_finite([grad._values() if grad.is_sparse else grad for grad in grads]))
+        self.first = torch.where(bad & (self.first < 0), torch.full_like(self.first, step), self.first)
+        return self.first >= 0
 
 
 def _by_stage(stats: AGCStats, names: Mapping[Tensor, str]) -> dict[str, float]:
@@ -281,6 +334,7 @@ def _evaluate(
         extra["report"] = task.report()
         log.write("classes", done, classes=extra["report"])
     figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:#.4g}" for k, v in averaged.items())
+    bar.update(done, "")
     bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:#.4g})")
 
 
@@ -310,8 +364,25 @@ def _restore(checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, 
     return manifest["step"], extra | manifest["extra"] | {"damaged": damaged}
 
 
-def _bad_output(task: Task, batch: Any) -> str:
-    """Runs the batch once more and names the first layer whose output is not finite."""
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    """Bool scalar, on the device of the tensors, which the host does not wait for."""
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+    # On a CPU the largest magnitude takes ten times as long as the norm, which may overflow where no element does.
+    finite = torch.stack(torch._foreach_norm(tensors)).isfinite().all()
+    return finite if finite else torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+
+
+def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
+    """Diverged where finite gradients have led to weights that are not: nothing of these may reach a file."""
+    floats = {name: local(value) for name, value in tensors.items() if value.is_floating_point()}
+    if not _all_finite(list(floats.values())):
+        bad = next(name for name, value in floats.items() if not value.isfinite().all())
+        raise _diverged(bad.replace(".", " ", 1), step, lr)
+
+
+def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
+    """Repeats a step that was held back; names the first layer whose output, else gradient, is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -323,24 +394,22 @@ def _bad_output(task: Task, batch: Any) -> str:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in task.model.named_modules()]
     try:
-        with torch.no_grad():
-            task.loss(batch)
+        loss = _gradients(task, sam, plan, batch, seed, step)
     finally:
         for handle in handles:
             handle.remove()
+    grads = [(name, p.grad) for name, p in task.model.named_parameters() if p.grad is not None]
+    bad = [f"the gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
+    if not found and loss.isfinite() and bad:
+        return bad[-1]  # the first one, going backwards
     return found[0] if found else "the loss"
 
 
-def _bad_gradient(model: nn.Module) -> str:
-    """Names the parameter whose gradient was the first not to be finite, going backwards."""
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"the gradient of {bad[-1]}" if bad else "a gradient"
-
-
 def _diverged(what: str, step: int, lr: float) -> Diverged:
+    """`step` counts from 0, the message from 1, as the log does."""
     return Diverged(
-        f"step {step}: {what} is not finite at learning rate {lr:.3g}. Lower --lr, lengthen --warmup-epochs or lower "
-        "--clipping; the last checkpoint is from before"
+        f"step {step + 1}: {what} is not finite at learning rate {lr:.3g}. Lower --lr, lengthen --warmup-epochs or "
+        "lower --clipping; the last checkpoint is from before"
     )
 
 
@@ -348,11 +417,13 @@ class _Wait:
     """The seconds that the loop waits for its batches."""
 
     seconds = 0.0
+    reading = False
 
     def over(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
-            began = time.monotonic()
+            began, self.reading = time.monotonic(), True
             batch = next(batches, None)
+            self.reading = False
             self.seconds += time.monotonic() - began
             if batch is None:
                 return

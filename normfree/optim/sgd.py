@@ -23,12 +23,27 @@ def sgd_step_(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
+    hold: Tensor | None = None,
 ) -> None:
     """One batched step over all tensors; overwrites `params`, `grads` and `momenta`.
 
     d = g + weight_decay * p;   m <- momentum * m + d;   p <- p - lr * (d + momentum * m  if nesterov else  m)
+
+    `hold`: bool scalar on the device; where it is true, parameters and momenta stay as they are, whatever the
+    gradients are.
     """
     params, grads, momenta = list(params), list(grads), list(momenta)
+    if hold is not None:
+        options: dict[str, Any] = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        if _alike([params, grads, momenta]) and momentum:
+            extra: dict[str, Any] = dict(dampening=0.0, maximize=False, is_first_step=False, found_inf=hold.float())
+            torch._fused_sgd_(params, grads, momenta, **options, **extra)
+            return
+        kept = [t.clone() for t in (*params, *momenta)]
+        sgd_step_(params, grads, momenta, **options)
+        for t, old in zip((*params, *momenta), kept, strict=True):
+            t.copy_(torch.where(hold, old, t))
+        return
     if weight_decay:
         torch._foreach_add_(grads, params, alpha=weight_decay)
     torch._foreach_mul_(momenta, momentum)
@@ -36,6 +51,13 @@ def sgd_step_(
     if nesterov:
         torch._foreach_add_(grads, momenta, alpha=momentum)
     torch._foreach_add_(params, grads if nesterov else momenta, alpha=-lr)
+
+
+def _alike(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether PyTorch's fused kernel takes them: of one dtype, and the tensors of one parameter in one order."""
+    return len({t.dtype for tensors in lists for t in tensors}) == 1 and all(
+        t.stride() == same[0].stride() for same in zip(*lists, strict=True) for t in same
+    )
 
 
 class SGD_AGC(torch.optim.Optimizer):
@@ -84,13 +106,26 @@ class SGD_AGC(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, ema: EMA | None = None, ema_step: int = 0
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        ema: EMA | None = None,
+        ema_step: int = 0,
+        hold: Tensor | None = None,
     ) -> float | None:
-        """One update. With `ema`, its `update(ema_step)` too, which on a CPU costs little more in the same pass."""
+        """One update. With `ema`, its `update(ema_step)` too, which on a CPU costs little more in the same pass.
+
+        `hold`: bool scalar on the parameters' device; where it is true the step is not made, and the host need not wait
+        for it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if hold is not None and hold.device.type == "cpu":  # where asking is free
+            if hold:
+                return loss
+            hold = None
         pieces: list[Piece] = []  # what is clipped, in an order that is the same on all ranks
         found, order = [], []
         swept: list[tuple[int | None, Item]] = []
@@ -115,7 +150,9 @@ class SGD_AGC(torch.optim.Optimizer):
                     order += [] if group["clipping"] is None else [len(pieces)]
                 pieces += [] if group["clipping"] is None else [piece]
             if plain:
-                found += self._plain_step([piece for piece, _ in plain], [momentum for _, momentum in plain], group)
+                found += self._plain_step(
+                    [piece for piece, _ in plain], [momentum for _, momentum in plain], group, hold
+                )
         if swept:
             columns = sweep([item for _, item in swept])
             clipped = [i for i, (place, _) in enumerate(swept) if place is not None]
@@ -126,7 +163,9 @@ class SGD_AGC(torch.optim.Optimizer):
         self.stats = make_stats(pieces, arrange(found, order))
         return loss
 
-    def _plain_step(self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _plain_step(
+        self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any], hold: Tensor | None = None
+    ) -> list[Tensor]:
         """By batched operations; what `clip_pieces_` found, if it was to clip."""
         clipping = group["clipping"]
         found = [] if clipping is None else [clip_pieces_(pieces, clipping, group["eps"])]
@@ -138,5 +177,6 @@ class SGD_AGC(torch.optim.Optimizer):
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
+            hold=hold,
         )
         return found

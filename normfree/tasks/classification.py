@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +41,19 @@ from normfree.data import (
     RandAugment,
     TrainTransform,
     cached,
+    changed,
     content_sample,
     count_sampled,
     eval_batches,
     fits_in_memory,
     has_validation,
+    inventory,
     look_at,
     open_dataset,
     open_evaluation,
     train_batches,
 )
-from normfree.engine.checkpoint import check_free, new_run_folder
+from normfree.engine.checkpoint import check_free, new_run_folder, working_in
 from normfree.engine.distributed import keep_freed_memory, memory_gib, pick_device
 from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
 from normfree.engine.log import ProgressBar, duration, wandb_init
@@ -62,6 +66,7 @@ from normfree.weights import ModelInfo
 from normfree.weights.file import package_version, replacing
 
 EVAL_BATCH = 64
+DATA = "data.json"  # of a run folder: which images it was begun with
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Classification:
     run: RunConfig
     device: torch.device
     log_priors: Tensor | None = None  # (K,), times the option `balance`
+    data: dict[str, Any] = field(default_factory=dict)  # what data.json of the run folder says
     _said: set[str] = field(default_factory=set)
     _unreadable: int = 0
     _last: Accuracy | None = None
@@ -149,6 +155,13 @@ class Classification:
         """Of each class, how many images the last evaluation got right, and of how many."""
         rows = self._last.per_class(self.info.class_names) if self._last else []
         return {name: {"right": right, "images": images} for name, right, images in rows}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which images were reported, so that a resumed run does not report and count them again."""
+        return {"said": sorted(self._said), "unreadable": self._unreadable}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._said, self._unreadable = set(state["said"]), state["unreadable"]
 
     def save(self, path: Path) -> None:
         save(self.model, path, self.info)
@@ -286,13 +299,17 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         trained_on=content_sample(train_set),
     )
     model = model.to(device).to(memory_format=torch.channels_last)
+    data = {
+        "held_out": not has_validation(run.data.path),
+        "images": inventory(train=train_set, validation=validation_set),
+    }
     log_priors = _log_priors(train_set, o.balance, device)
     if device.type == "cpu" and run.machine.workers is None:  # processes that read would take cores from the network
         if fits_in_memory(train_set):
             train_set = cached(train_set, info.in_channels, train_transform(run.data, info).min_px)
         if fits_in_memory(validation_set):
             validation_set = cached(validation_set, info.in_channels, eval_transform(info).min_px)
-    task = Classification(model, info, train_set, validation_set, run, device, log_priors)
+    task = Classification(model, info, train_set, validation_set, run, device, log_priors, data)
 
     optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
     steps_per_epoch = len(train_set) / o.batch_size
@@ -339,6 +356,7 @@ def start(run: RunConfig, folder: Path, chosen: Sequence[str] = ()) -> Outcome:
     task, optimizer, ema, plan = build(run)
     new_run_folder(folder)
     save_config(run, folder / "config.json")
+    _save_data(task, folder)
     try:
         return _train(task, optimizer, ema, plan, folder, chosen)
     except InputError:
@@ -354,7 +372,30 @@ def resume(folder: Path, run: RunConfig | None = None) -> Outcome:
     if replace(run, machine=saved.machine) != saved:
         raise InputError(f"--resume goes on with {folder} as it was configured; only the machine options may change")
     task, optimizer, ema, plan = build(run)
+    if (folder / DATA).exists():
+        difference = changed(_read_data(folder)["images"], task.data["images"])
+        if difference:
+            raise InputError(
+                f"--resume {quoted(folder)}: the images of {run.data.path} are not those that the run was "
+                f"begun with: {difference}. Put them back, or start a new run"
+            )
+    else:  # of a run that was begun by version 0.1
+        print(f"warning: {folder} does not say which images it was begun with", file=sys.stderr)
+        _save_data(task, folder)
     return _train(task, optimizer, ema, plan, folder, resume=True)
+
+
+def _save_data(task: Classification, folder: Path) -> None:
+    (folder / DATA).write_text(json.dumps(task.data, indent=1) + "\n")
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """What the run in `folder` was begun with; InputError where that is no such file."""
+    try:
+        data = json.loads((folder / DATA).read_text())
+        return {"held_out": data["held_out"], "images": data["images"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / DATA} cannot be used ({error})") from None
 
 
 def _train(
@@ -370,7 +411,8 @@ def _train(
     print(*(f"chosen   {line}" for line in chosen), describe(task, plan, folder), sep="\n", file=sys.stderr)
     if not resume:
         print(f"time     about {duration(estimated_seconds(task, plan))}", file=sys.stderr)
-    outcome = train(task, optimizer, ema, plan, task.run.machine, folder, task.run.seed, resume)
+    with working_in(folder):
+        outcome = train(task, optimizer, ema, plan, task.run.machine, folder, task.run.seed, resume)
     for line in class_table(outcome.report):
         print(line, file=sys.stderr)
     return outcome
@@ -416,7 +458,8 @@ def describe(task: Classification, plan: Plan, folder: Path) -> str:
 def evaluation_command(run: RunConfig, weights: Path) -> str:
     """The command that evaluates on the images that `run` did not train on."""
     data = run.data
-    own = "" if has_validation(data.path) else f" --held-out {data.validation_fraction:g} --seed {run.seed}"
+    held_out = _read_data(weights.parent)["held_out"]
+    own = f" --held-out {data.validation_fraction:g} --seed {run.seed}" if held_out else ""
     return f"normfree eval {quoted(weights)} {quoted(data.path)}{own}"
 
 

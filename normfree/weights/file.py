@@ -23,9 +23,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def package_version() -> str:
+def package_version(package: str = "normfree") -> str:
     try:
-        return version("normfree")
+        return version(package)
     except PackageNotFoundError:  # run from a checkout that was not installed
         return "unknown"
 
