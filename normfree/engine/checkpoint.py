@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.config import InputError, quoted
 
 MANIFEST = "manifest.json"
 _LOCK_SECONDS = 8  # in which the data workers of a process that was killed end, and let go
@@ -133,7 +133,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 def check_free(path: Path) -> None:
     """InputError where a run's folder is to be and something is there already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists: go on with it by --resume {path}, or name another folder with --out")
+        raise InputError(f"{path} exists: go on with it by --resume {quoted(path)}, or name another folder with --out")
 
 
 def new_run_folder(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError, MachineConfig
+from normfree.config import InputError, MachineConfig, quoted
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.distributed import keep_freed_memory
 from normfree.engine.log import ProgressBar, RunLog, environment
@@ -165,6 +165,9 @@ def train(
             batch = next(task.batches(bad, bad + 1))
             raise _diverged(_blame(task, sam, plan, batch, seed, bad), bad, plan.lr_at(bad))
 
+    def where_to_go_on(step: int) -> str:
+        return f"after step {step} of {plan.total_steps}; go on with: normfree train --resume {quoted(folder)}"
+
     # --- the steps ---
     wait = _Wait()
     sam = SAM(optimizer, plan.sam_rho)
@@ -223,13 +226,12 @@ def train(
                 elif due or (check and signals.received):
                     checkpoint(done)
                 if check and signals.received and done < plan.total_steps:
-                    where = f"stopped after step {done} of {plan.total_steps}"
-                    raise Interrupted(f"{where}; go on with: normfree train --resume {folder}", 128 + signals.received)
+                    raise Interrupted(f"stopped {where_to_go_on(done)}", 128 + signals.received)
         except Exception:
             if wait.reading and done > start:  # the steps are whole: what failed is reading the next batch
                 check_finite()
                 checkpoint(done)
-                bar.say(f"after step {done} of {plan.total_steps}; go on with: normfree train --resume {quoted(folder)}")
+                bar.say(f"checkpoint {where_to_go_on(done)}")
             raise
         finally:
             bar.close()
