@@ -489,6 +489,199 @@ def test_parquet_written_by_the_library(tmp_path: Path) -> None:
     assert open_evaluation(str(tmp_path / "in"), ["cow", "bee", "ant"]).targets == [0, 1]
 
 
+@pytest.mark.parametrize("name", [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)] + ["bool_"])
+def test_parquet_labels_of_every_integer_type(name: str, tmp_path: Path) -> None:
+    labels = pa.array([1, 0] * 6, pa.int64()).cast(getattr(pa, name)())
+    images = open_evaluation(
+        write_table(tmp_path / "t.parquet", picture=IMAGES, kind=labels),
+        ["False", "True"] if name == "bool_" else ["0", "1"],
+    )
+    assert images.targets == [1, 0] * 6
+    wide = open_dataset(
+        write_table(tmp_path / "w.parquet", picture=IMAGES, kind=pa.array([2**64 - 1, 9] * 6, pa.uint64()))
+    )
+    assert wide[0].class_names == ("9", str(2**64 - 1))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_parquet_labels_of_every_text_type(kind: Any, tmp_path: Path) -> None:
+    labels = pa.array(["b", "a"] * 6)
+    labels = labels.dictionary_encode() if pa.types.is_dictionary(kind) else labels.cast(kind)
+    spec = write_table(tmp_path / "t.parquet", picture=IMAGES, kind=labels, x=[0.5] * 12)
+    assert open_evaluation(spec, ["a", "b"]).targets == [1, 0] * 6
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.binary(), pa.large_binary(), pa.binary_view()),
+        *(pa.struct([("bytes", b)]) for b in (pa.binary(), pa.large_binary())),
+        pa.struct([("path", pa.string()), ("bytes", pa.binary()), ("width", pa.int32())]),
+    ],
+    ids=str,
+)
+def test_parquet_images_of_every_type(kind: Any, tmp_path: Path) -> None:
+    pixels = [encoded(i) for i in range(12)]
+    column = [{"bytes": b} for b in pixels] if pa.types.is_struct(kind) else pixels
+    spec = write_table(tmp_path / "t.parquet", photo=pa.array(column, kind), kind=[i % 2 for i in range(12)])
+    images = open_evaluation(spec, ["0", "1"])
+    assert [images.source(i) for i in range(12)] == pixels
+    assert pickle.loads(pickle.dumps(images.subset([3]))).source(0) == pixels[3]
+
+
+def test_parquet_images_of_one_size(tmp_path: Path) -> None:
+    pixels = [encoded(3)] * 12
+    column = pa.array(pixels, pa.binary(len(pixels[0])))
+    spec = write_table(tmp_path / "t.parquet", photo=column, kind=[i % 2 for i in range(12)])
+    assert open_evaluation(spec, ["0", "1"]).source(5) == pixels[5]
+
+
+def test_parquet_columns_by_their_names(tmp_path: Path) -> None:
+    labels = ["x", "y"] * 6
+    spec = write_table(
+        tmp_path / "t.parquet", img=IMAGES, mask=IMAGES, cls=labels, seen=pa.array([True] * 12), id=labels
+    )
+    assert open_evaluation(spec, ["y", "x"]).targets == [1, 0] * 6
+    spec = write_table(tmp_path / "u.parquet", img=IMAGES, score=[0.5] * 12)
+    complaint(
+        open_dataset, spec, match=r"is the label\? add \?label=COLUMN; there are img \(struct\), score \(float64\)"
+    )
+
+
+def test_empty_parts_of_tables(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for part, labels in (("train", [0, 1, 0, 1]), ("validation", [])):
+        rows = {"image": IMAGES[: len(labels)], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "in" / f"{part}.parquet")
+    complaint(open_dataset, f"{tmp_path}/in", match="validation.parquet has no rows, and so no validation images")
+    complaint(open_evaluation, f"{tmp_path}/in", ["a", "b"], match="validation.parquet has no rows")
+    (tmp_path / "in/train.parquet").unlink()
+    (tmp_path / "in/validation.parquet").rename(tmp_path / "in/train.parquet")
+    complaint(open_dataset, f"{tmp_path}/in", match="train.parquet has no rows")
+    spec = write_table(tmp_path / "e.parquet", image=pa.array([], pa.binary()), label=pa.array([], pa.int8()))
+    complaint(open_evaluation, spec, ["a"], match="e.parquet has no rows")
+
+
+# --- lists ---
+
+
+def listed(root: Path, names: str, **lists: str) -> Path:
+    """Pictures called so, and CSV files."""
+    for seed, name in enumerate(names.split()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(seed)).save(root / name)
+    for name, content in lists.items():
+        (root / f"{name}.csv").write_bytes(content.encode("utf-8"))
+    return root
+
+
+def labels_of(images: Any) -> dict[str, str]:
+    return {images.name(i): images.class_names[target] for i, target in enumerate(images.targets)}
+
+
+FOUR = {"1.png": "cat", "2.png": "dog", "3.png": "cat", "4.png": "dog"}
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("path,label", "{},{}"),
+        ("\ufeffFile_Name, Class", "{}, {} "),
+        ("id;category;filename", "7;{1};{0}"),
+        ("label\timage", "{1}\t{0}"),
+        ('"image","note","label"', '"{}","with, comma","{}"'),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_of_labels(header: str, row: str, end: str, tmp_path: Path) -> None:
+    content = end.join([header, *(row.format(name, label) for name, label in FOUR.items()), "", ""])
+    root = listed(tmp_path / "in", " ".join(FOUR), labels=content)
+    for spec in (root / "labels.csv", root):
+        images = open_evaluation(str(spec), ["dog", "cat"])
+        assert (labels_of(images), images.targets) == (FOUR, [1, 0, 1, 0])
+        train, validation = open_dataset(str(spec))
+        assert labels_of(train) | labels_of(validation) == FOUR
+        assert (len(train), len(validation), train.size(0)) == (2, 2, (24, 24))
+        assert not has_validation(str(spec))
+
+
+def test_lists_with_parts(tmp_path: Path) -> None:
+    split = "path,label,split\n1.png,b,train\n2.png,a,TRAIN\n3.png,a,Val\n4.png,b,test\n"
+    root = listed(tmp_path / "column", "1.png 2.png 3.png 4.png", labels=split)
+    train, validation = open_dataset(str(root))
+    assert (labels_of(train), labels_of(validation)) == ({"1.png": "b", "2.png": "a"}, {"3.png": "a"})
+    (root / "labels.csv").write_text(split + "1.png,b,extra\n")
+    complaint(open_dataset, str(root), match="a row needs a path and a label, and a split, .* '1.png,b,extra'")
+
+    # one list a part, as at Kaggle: paths start at the list, or in a folder called as the list
+    lists = dict(train="image_id,label\n1,9\n2,10\n", val="image_id,label\n3,9\n", test="id\n4\n")
+    root = listed(tmp_path / "files", "train/1.png train/2.png val/3.png test/4.png", **lists)
+    (root / "sample_submission.csv").write_text("image_id,label\n4,0\n")
+    train, validation = open_dataset(str(root))
+    assert (train.class_names, validation.class_names) == (("9", "10"), ("9", "10"))
+    assert labels_of(train) == {"train/1.png": "9", "train/2.png": "10"}
+    assert labels_of(validation) == {"val/3.png": "9"}
+
+    # as the library `datasets` has it: a list in each folder
+    root = listed(tmp_path / "inner", "train/1.png train/2.png test/images/3.png")
+    (root / "train/metadata.csv").write_text("file_name,label\n1.png,a\n2.png,b\n")
+    (root / "test/metadata.csv").write_text("file_name,label\nimages\\3.png,b\n")  # a path of Windows
+    train, validation = open_dataset(str(root))
+    assert labels_of(train) == {"train/1.png": "a", "train/2.png": "b"}
+    assert labels_of(validation) == {"test/images/3.png": "b"}
+    assert "test images serve" in train.notes[0]
+
+
+def test_lists_beside_folders(tmp_path: Path) -> None:
+    paths = [f"images/{kind}/{n}.png" for kind in "ab" for n in range(3)]
+    content = "path,label\n" + "".join(f"{path},{n % 2}\n" for n, path in enumerate(paths))
+    root = listed(tmp_path / "one", " ".join(paths), labels=content)
+    assert open_dataset(str(root))[0].class_names == ("0", "1")
+    (root / "images").rename(root / "pictures")
+    (root / "labels.csv").write_text(content.replace("images", "pictures"))
+    assert open_dataset(str(root))[0].class_names == ("0", "1")
+    shutil.move(root / "labels.csv", root / "pictures/labels.csv")  # where there are class folders they count
+    (root / "pictures/labels.csv").write_text(content.replace("images/", ""))
+    train, _ = open_dataset(str(root / "pictures"))
+    assert train.class_names == ("a", "b")
+    assert (
+        train.notes[0] == f"the class folders count, and not labels.csv: to go by that give {root}/pictures/labels.csv"
+    )
+    assert open_dataset(f"{root}/pictures/labels.csv")[0].class_names == ("0", "1")
+
+
+def test_columns_of_lists_are_named(tmp_path: Path) -> None:
+    root = listed(tmp_path / "in", " ".join(FOUR), a="code,diagnosis\n1.png,x\n2.png,y\n3.png,x\n4.png,y\n")
+    complaint(
+        open_dataset, f"{root}/a.csv", match=r"column of .*a.csv is the image\? add \?image=COLUMN; .* code, diagnosis"
+    )
+    complaint(open_dataset, f"{root}/a.csv?image=code", match=r"is the label\? add \?label=COLUMN")
+    assert open_evaluation(f"{root}/a.csv?image=code&label=diagnosis", ["y", "x"]).targets == [1, 0, 1, 0]
+    complaint(open_dataset, f"{root}/a.csv?image=code&label=gone", match=r"is the label\?")
+    complaint(open_dataset, f"{root}/a.csv?text=code", match="'text' is not one of image, label")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", r"which column of .* is the image\?"),
+        ("path,label\n", "lists no images: it needs a row for each"),
+        ("path,label\n1.png,a\n9.png,b\n8.png,b\n", "lists 2 of 3 images that are not there, such as .*9.png"),
+        ("path,label\n1.png,a\n2.png\n", "a row needs a path and a label: '2.png'"),
+        ("path,label\n1.png,a\n2.png, \n", "a row needs a path and a label"),
+        ("path,label\n1.png,a\n1.png,b\n", "1.png is listed as 'a' and as 'b': keep one of the rows"),
+        ("path,label\n1.png,a\n2.png,a\n", "has one class only, 'a'"),
+        ("1.png,a\n2.png,b\n", r"which column of .* is the image\? add \?image=COLUMN; there are 1.png, a"),
+    ],
+)
+def test_complaints_about_lists(content: str, match: str, tmp_path: Path) -> None:
+    root = listed(tmp_path / "in", "1.png 2.png", labels=content)
+    complaint(open_dataset, f"{root}/labels.csv", match=match)
+    complaint(open_dataset, f"{root}/gone.csv", match="cannot read .*gone.csv .*[Nn]o such file")
+
+
 @pytest.mark.parametrize(
     ("columns", "classes", "targets"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -48,7 +49,9 @@ from normfree.data import (
     train_batches,
 )
 from normfree.data import images as images_module
+from normfree.data.check import check
 from normfree.data.images import hold_out, read_size
+from normfree.data.pack import pack
 from normfree.data.shards import named_parts, split_files
 
 COLOUR = (200, 100, 40)
@@ -849,6 +852,124 @@ def test_complaints_about_the_folder(tmp_path: Path) -> None:
     plant(tmp_path, *numbered("dog", 3))
     complaint(open_dataset, root, validation_fraction=1.0, match="validation share is 1.0")
     assert len(open_dataset(root)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "meant"),
+    [
+        (("two/red/0.png", "two/green/0.png"), "", "two"),
+        (("a/b/two/red/0.png", "a/b/two/green/0.png"), "", "a/b/two"),
+        (("two/train/red/0.png", "two/train/green/0.png", "readme.txt"), "", "two"),
+        (("data/train-0.parquet", ".git/x"), "", "data"),
+        (("data/train-0.parquet", "docs/logo.png"), "", "data"),
+        (("shards/0.tar",), "", "shards"),
+        (("deep/lists/labels.csv",), "", "deep/lists"),
+        (("two/red/0.png", "two/red/1.png", "two/green/0.png"), "two/red", "two"),
+        (("train/images/red/0.png", "train/images/green/0.png", "val/images/red/1.png"), "", "train/images"),
+    ],
+)
+def test_what_is_wrong_by_a_level_is_named(files: tuple[str, ...], given: str, meant: str, tmp_path: Path) -> None:
+    plant(tmp_path, *(file for file in files if file.endswith(".png")))
+    for file in (tmp_path / file for file in files if not file.endswith(".png")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("path,label\n")
+    complaint(open_dataset, str(tmp_path / given), match=f"; did you mean {tmp_path / meant}\\?$")
+    if given or "train" not in meant + "".join(files):
+        complaint(
+            open_evaluation, str(tmp_path / given), ["red", "green"], match=f"did you mean {tmp_path / meant}\\?$"
+        )
+
+
+def test_nothing_is_suggested_where_nothing_would_work(tmp_path: Path) -> None:
+    plant(tmp_path, "only/0.png", "only/1.png", "only/in/2.png")
+    complaint(open_dataset, str(tmp_path), match="one class only, 'only'; a classifier needs at least two$")
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "TAR.BZ2", "tar.xz", "tar.zst", "zip", "7z", "rar"])
+def test_archives_are_to_be_unpacked(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    archive = tmp_path / "in" / f"photos.{suffix}"
+    archive.write_bytes(b"?")
+    for call in (lambda spec: open_dataset(spec), lambda spec: open_evaluation(spec, ["a"])):
+        complaint(call, str(archive), match=f"photos.{suffix} is packed: unpack it and give the folder")
+        complaint(call, f"https://host/photos.{suffix}", match="is packed: unpack it and give the folder")
+        complaint(call, str(tmp_path / "in"), match=f"; unpack photos.{suffix}$")
+    complaint(open_dataset, f"{tmp_path}/gone.{suffix}", match="no such folder: .*gone")
+
+
+def test_parts_without_images(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("train/a", 2), *numbered("train/b", 2))
+    held = tmp_path / "validation"
+    held.mkdir()
+    for call in (lambda: open_dataset(str(tmp_path)), lambda: open_evaluation(str(tmp_path), ["a", "b"])):
+        complaint(call, match="validation is empty; expected")
+        (held / "a").mkdir()
+        complaint(call, match="validation has class folders but no images; it is empty")
+        (held / "a").rmdir()
+
+
+def test_a_test_folder_without_classes_is_left_out(tmp_path: Path) -> None:
+    plant(tmp_path, *numbered("train/a", 20), *numbered("train/b", 20), *numbered("test", 5))
+    train, validation = open_dataset(str(tmp_path))
+    assert len(train) + len(validation) == 40
+    assert train.notes[0] == "test is left out: it has no class folders"
+    assert not has_validation(str(tmp_path))
+    plant(tmp_path, "val/a/7.png", "models/x/0.png")
+    train, validation = open_dataset(str(tmp_path))
+    assert names_of(validation) == ["val/a/7.png"]
+    assert train.notes[0] == "models is neither for training nor for validation: left out"
+
+
+def test_class_names_are_compared_as_they_read(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    plant(tmp_path, f"train/{composed}/0.png", "train/b/0.png", f"val/{decomposed}/1.png", "val/b /1.png")
+    train, validation = open_dataset(str(tmp_path))
+    assert (train.class_names, validation.class_names) == (("b", composed), ("b", composed))
+    assert sorted(validation.targets) == [0, 1]
+    assert sorted(open_evaluation(str(tmp_path), [decomposed, "b"]).targets) == [0, 1]
+    plant(tmp_path, f"train/{decomposed}/0.png")
+    complaint(
+        open_dataset, str(tmp_path), match="two classes .* that read the same: give one another name, or join them"
+    )
+    shutil.rmtree(tmp_path / "train" / decomposed)
+    plant(tmp_path, "train/b /0.png")
+    complaint(open_dataset, str(tmp_path), match="two classes 'b ' that read the same")
+
+
+@pytest.mark.parametrize("name", ["Cat", "CAT"])
+def test_class_names_in_another_letter_case_are_suggested(name: str, tmp_path: Path) -> None:
+    plant(tmp_path, "train/cat/0.png", "train/dog/0.png", f"val/{name}/1.png")
+    complaint(open_dataset, str(tmp_path), match=f"class '{name}' is not among the 2 .*; did you mean 'cat'\\?")
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMFREE_DATA", str(tmp_path / "data"))
+    root = plant(tmp_path / "in", *numbered("train/a", 2), *numbered("train/b", 2), "val/a/1.png")
+    strange = os.fsdecode(b"caf\xe9")
+    try:
+        (root / "train/a/000.png").rename(root / f"train/a/{strange}.png")
+    except OSError:  # macOS has UTF-8 only
+        return
+    for part in ("train", "val"):
+        (root / part / "a").rename(root / part / strange)
+    train = open_dataset(str(root))[0]
+    assert train.class_names == ("b", strange)
+    assert (names_of(train)[2:], train.read(3).size) == (
+        [f"train/{strange}/001.png", f"train/{strange}/{strange}.png"],
+        (4, 8),
+    )
+    assert open_evaluation(str(root), [strange]).targets == [0]
+    assert find_images([str(root / "train" / strange)])[1] == str(root / f"train/{strange}/{strange}.png")
+    pack(str(root), str(tmp_path / "shards"))
+    assert [part.class_names for part in open_dataset(str(tmp_path / "shards"))] == [train.class_names] * 2
+    (root / "labels.csv").write_bytes(b"path,label\ntrain/caf\xe9/caf\xe9.png,caf\xe9\ntrain/b/000.png,b\n")
+    assert names_of(open_evaluation(str(root / "labels.csv"), ["b", strange])) == [
+        "train/b/000.png",
+        f"train/{strange}/{strange}.png",
+    ]
+    report = check(str(root))
+    assert json.loads(json.dumps(report))["images"] == {"train": 4, "validation": 1}
 
 
 def test_complaint_where_nothing_can_be_held_out(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -183,8 +183,8 @@ def _folder_parts(root: Path) -> Parts:
     split = bool(names) and (
         None not in by_role or any(map(_subfolders, (root / name for name in names if role_of(name) == "train")))
     )
-    nested = any(_subfolders(root / name) for name in names if role_of(name))
-    lists = [file for suffix in LIST_SUFFIXES for file in _files(root, suffix, root=True) if is_label_list(file)]
+    nested = any(len(_subfolders(root / name)) > 1 for name in names if role_of(name))
+    lists = _lists(root)
     if lists and not (nested if split else len(names) > 1):
         return list_parts(lists)
     notes = [f"the class folders count, and not {os.path.basename(file)}: to go by that give {file}" for file in lists]
@@ -193,7 +193,7 @@ def _folder_parts(root: Path) -> Parts:
         return Parts(partial(_scan, root, ".", notes), None, whole=True, folder=root)
     roles = check_roles(names, str(root))
     others = [name for name in names if role_of(name) is None]
-    notes += [f"{', '.join(others)} is no part of it: left out"] if others else []
+    notes += [f"{name} is neither for training nor for validation: left out" for name in others[:3]]
     if "test" in roles and roles.keys() != {"test"} and not _subfolders(root / roles["test"]):
         notes += [f"{roles.pop('test')} is left out: it has no class folders"]
     train, held = roles.get("train"), roles.get("validation") or roles.get("test")
@@ -261,16 +261,21 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _files(folder: Path, suffix: str, *, root: bool = False) -> list[str]:
-    """Files of `folder`, or of its train/, validation/, ... folders; none where there are class folders.
-
-    With `root`, those of `folder` itself in any case.
-    """
+def _files(folder: Path, suffix: str) -> list[str]:
+    """Files of `folder`, or of its train/, validation/, ... folders; none where there are class folders."""
     names = _subfolders(folder)
-    parts = [folder / name for name in names if role_of(name)]
-    flat = [part for part in parts if not _subfolders(part)]
-    places = [folder, *flat] if root or not names else flat
-    return sorted(str(file) for place in places for file in place.glob(f"*{suffix}") if not file.name.startswith("."))
+    places = [folder / name for name in names if role_of(name)] if names else [folder]
+    return _visible(f"*{suffix}", [place for place in places if not _subfolders(place)])
+
+
+def _lists(folder: Path) -> list[str]:
+    """Lists of labels in `folder` and in its train/, validation/, ... folders."""
+    places = [folder, *(folder / name for name in _subfolders(folder) if role_of(name))]
+    return [file for suffix in LIST_SUFFIXES for file in _visible(f"*{suffix}", places) if is_label_list(file)]
+
+
+def _visible(pattern: str, folders: Iterable[Path]) -> list[str]:
+    return sorted(str(file) for folder in folders for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> FolderImages:
@@ -362,8 +367,7 @@ def _suggest(folder: Path) -> str:
 def _looks_right(folder: Path) -> bool:
     """Whether `folder` has shards, tables, lists of labels, a folder of training classes, or two classes or more."""
     with contextlib.suppress(OSError):
-        lists = any(is_label_list(file) for suffix in LIST_SUFFIXES for file in _files(folder, suffix, root=True))
-        if lists or _files(folder, ".tar") or _files(folder, ".parquet"):
+        if _lists(folder) or _files(folder, ".tar") or _files(folder, ".parquet"):
             return True
         names = _folders(folder)
         train = any(role_of(place.name) == "train" and _subfolders(place) for place in names)

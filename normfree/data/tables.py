@@ -88,8 +88,14 @@ def table_parts(where: str | Sequence[str], query: str = "") -> Parts:
         files = sorted(glob.glob(os.path.expanduser(where))) if isinstance(where, str) else where
         if not files:
             raise InputError(f"no such file: {where}")
+        by_part = split_files(files)
         with plain_errors(files[0]):
-            loaded = load_dataset("parquet", data_files=split_files(files))
+            from pyarrow.parquet import read_metadata  # `datasets` has no parts without rows
+
+            for part, names in by_part.items():
+                if not sum(read_metadata(name).num_rows for name in names):
+                    raise InputError(f"{names[0]} has no rows, and so no {part} images; add some, or take it away")
+            loaded = load_dataset("parquet", data_files=by_part)
     splits = {str(split): table for split, table in loaded.items()}
     return named_parts(splits, lambda split: _images(splits[split], split, options))
 
@@ -220,12 +226,13 @@ def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
     named = isinstance(table.features[label], ClassLabel)
     if None in written or (named and min(written, default=0) < 0):
         raise InputError(f"images of {part} have no label in column {label!r}: use a part, or a column, that has them")
-    names, targets = np.unique(written, return_inverse=True)
+    names = sorted(set(written))
+    place = {name: target for target, name in enumerate(names)}
     if isinstance(table.features[image], Value):  # not every kind of bytes can become images by itself
         table = table.cast_column(image, Value("large_binary"))
     return TableImages(
         class_names=tuple(table.features[label].names if named else map(str, names)),
-        targets=written if named else targets.tolist(),
+        targets=written if named else [place[label] for label in written],
         table=table.select_columns([image]).cast_column(image, Image(decode=False)),
         column=image,
         part=part,
