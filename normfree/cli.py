@@ -14,12 +14,22 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import InputError, RunConfig, check_writable, load_config, nearest
+from normfree.config import (
+    MAX_WORKERS,
+    InputError,
+    RunConfig,
+    check_range,
+    check_writable,
+    load_config,
+    nearest,
+    quoted,
+)
 
 HELP = """\
 usage: normfree VERB ...
@@ -35,7 +45,8 @@ Image networks without normalization layers.
   models [PATTERN]        the networks: parameters, multiply-adds, published accuracy
   signal MODEL...         mean and variance of the activations, block by block; several networks side by side
 
-`normfree VERB --help` lists the options of a verb.
+`normfree VERB --help`, or `normfree help VERB`, lists the options of a verb; `normfree --version` says which versions
+are installed, and whether the kernels for CPUs are in use.
 """
 
 
@@ -74,9 +85,9 @@ def train(args: Sequence[str]) -> None:
     end, best_epoch = outcome.last[metric], f"epoch {outcome.best_epoch:.3g}"
     print(f"validation {what} {end:.2f} % at the end, {outcome.best:.2f} % at best ({best_epoch})")
     print(f"weights          {best} and {folder / 'last.safetensors'}")
-    print(f"predict          normfree predict {best} IMAGE_OR_FOLDER ...")
+    print(f"predict          normfree predict {quoted(best)} IMAGE_OR_FOLDER ...")
     print(f"evaluate         {classification.evaluation_command(run, best)}")
-    print(f"curves           tensorboard --logdir {folder}")
+    print(f"curves           tensorboard --logdir {quoted(folder)}")
 
 
 def free_run_folder(run: RunConfig) -> Path:
@@ -141,8 +152,6 @@ def predict(
     """
     if not paths:
         raise InputError("predict needs images: normfree predict WEIGHTS PATH ...")
-    if top < 1 or workers < 0:
-        raise InputError("--top is at least 1 and --workers at least 0")
     from normfree.deploy.predict import write_predictions
 
     write_predictions(weights, paths, out, top, device, workers)
@@ -266,13 +275,12 @@ def pack_data(
         left_out = pack(data, out, shard_mb=shard_mb, px=px, quality=quality, workers=readers(workers), show=show)
     for line in left_out:
         print(f"warning: left out: {line}", file=sys.stderr)
-    print(f"wrote {out}; train on it: normfree train {out}")
+    print(f"wrote {out}; train on it: normfree train {quoted(out)}")
 
 
 def readers(workers: int | None) -> int:
     """Processes for work that is all reading."""
-    if workers is not None and workers < 0:
-        raise InputError(f"--workers {workers}: at least 0")
+    check_range("workers", workers, 0, MAX_WORKERS)
     return max(1, (os.cpu_count() or 2) - 1) if workers is None else workers
 
 
@@ -295,7 +303,20 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.close()
 
 
+DATA_HELP = """\
+usage: normfree data TOOL ...
+
+  check DATA              read every image: what is broken, odd, there twice, in training and validation
+  pack DATA OUT           the images as tar shards, for large data sets and slow disks
+
+`normfree data TOOL --help` lists the options of a tool.
+"""
+
+
 def data(args: Sequence[str]) -> None:
+    if args and args[0] in ("-h", "--help"):
+        print(DATA_HELP, end="")
+        return
     tools = {"check": verb("data check", check_data), "pack": verb("data pack", pack_data)}
     if not args or args[0] not in tools:
         raise InputError("data is followed by check or pack: normfree data check DATA, normfree data pack DATA OUT")
@@ -373,21 +394,21 @@ def _first_sentence(box: str, verb: str) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0; 1 the run failed; 2 bad input; 128 + n stopped by signal n."""
     args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what neither UTF-8 nor the locale has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if args[0] not in VERBS:
-            raise InputError(f"no verb {args[0]!r}{nearest(args[0], VERBS)}; there are {', '.join(VERBS)}")
-        VERBS[args[0]](args[1:])
+        _run(args)
+        sys.stdout.flush()
     except InputError as error:
         _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        sys.stderr.close()
+        _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except OSError as error:
+        _drop_output()
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except RuntimeError as error:
         from normfree.data.loader import WorkerDied
@@ -398,6 +419,30 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(str(error), error.exit_code if isinstance(error, Interrupted) else 1)
 
 
+def _run(args: Sequence[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        topic = args[1:]
+        if args[:1] != ["help"] or not topic:
+            print(HELP, end="")
+            return
+        args = [*topic, "--help"]
+    if args[0] in ("-V", "--version", "version"):
+        from normfree.native import status
+        from normfree.weights.file import package_version
+
+        print(f"normfree {package_version()}, torch {version('torch')}\nkernels {status()}")
+        return
+    if args[0] not in VERBS:
+        raise InputError(f"no verb {args[0]!r}{nearest(args[0], VERBS)}; there are {', '.join(VERBS)}")
+    VERBS[args[0]](args[1:])
+
+
+def _drop_output() -> None:
+    """Nothing more is written to standard output, which cannot be written to; Python would try so at its end."""
+    with contextlib.suppress(OSError, ValueError):  # no such file descriptor, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> typing.NoReturn:
-    print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
+    print("normfree:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -46,6 +47,13 @@ def quoted(path: str | os.PathLike[str]) -> str:
         chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
     )
     return f"$'{''.join(escaped)}'"  # of bash and zsh, for line breaks and bytes that are no UTF-8
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 whatever the locale; bytes of file names that are not UTF-8 as Python escapes them: \\udc80 to \\udcff."""
+    with contextlib.suppress(UnicodeEncodeError):  # under other locales Python escapes all letters that are not ASCII
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return text.encode("utf-8", "backslashreplace")
 
 
 def check_range(option: str, value: float | None, low: float, high: float) -> None:

@@ -50,7 +50,7 @@ from normfree.data import (
 )
 from normfree.data import images as images_module
 from normfree.data.check import check
-from normfree.data.images import hold_out, read_size
+from normfree.data.images import hold_out, open_image, read_size
 from normfree.data.pack import pack
 from normfree.data.shards import named_parts, split_files
 
@@ -698,7 +698,7 @@ def test_folders_of_runs_are_no_classes(where: str, tmp_path: Path) -> None:
     assert train.class_names == ("a", "b")
     left_out = (where.partition("/")[0],) if where else ("x-1", "x-2")
     assert train.notes[: len(left_out)] == tuple(f"{name} is left out: it holds training runs" for name in left_out)
-    assert len(find_images([str(tmp_path)])) == 8
+    assert len(find_images([str(tmp_path)])[0]) == 8
 
 
 def test_runs_may_be_a_class(tmp_path: Path) -> None:
@@ -721,7 +721,7 @@ def test_what_systems_leave_behind_is_no_class(tmp_path: Path) -> None:
     train, validation = open_dataset(str(tmp_path))
     assert (train.class_names, len(train) + len(validation)) == (("a", "b"), 8)
     assert not any("read" in note for note in train.notes)
-    assert len(find_images([str(tmp_path)])) == 8
+    assert len(find_images([str(tmp_path)])[0]) == 8
 
 
 @pytest.fixture
@@ -1051,10 +1051,44 @@ def test_find_images(tmp_path: Path) -> None:
     plant(tmp_path, "b.png", "a/2.JPG", "a/10.jpg", "a/.thumb.png")
     (tmp_path / "odd.bin").write_bytes(b"?")
     found = find_images([str(tmp_path / "odd.bin"), str(tmp_path)])
-    assert found == [str(tmp_path / name) for name in ("odd.bin", "a/10.jpg", "a/2.JPG", "b.png")]
-    complaint(find_images, [str(tmp_path / "gone")], match="no such file or folder: .*gone")
+    assert found == ([str(tmp_path / name) for name in ("odd.bin", "a/10.jpg", "a/2.JPG", "b.png")], {})
+    complaint(find_images, [str(tmp_path / "gone")], match="nothing to predict: .*gone: no such file")
     (tmp_path / "none").mkdir()
-    complaint(find_images, [str(tmp_path / "none")], match="none has no images; it is empty")
+    complaint(find_images, [str(tmp_path / "none")], match="none: has no images; it is empty")
+
+
+def test_find_images_keeps_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place, with the reason. A root user may list every folder, so that the refusal is an imitation."""
+    plant(tmp_path, "a.png", "c.png", "locked/x.png", "folder.jpg/y.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "none").mkdir()
+    scandir = os.scandir
+
+    def forbid(path: str) -> Any:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    given = [str(tmp_path / name) for name in ("c.png", "gone.png", "loop", "none", "locked")]
+    found, failed = find_images([*given, str(tmp_path), "zero\0.png"])
+    names = ("c.png", "gone.png", "loop", "none", "locked", "a.png", "c.png", "folder.jpg/y.png", "locked", "loop")
+    assert found == [*(str(tmp_path / name) for name in names), "zero\0.png"]
+    reasons = {os.path.basename(path): reason for path, reason in failed.items()}
+    assert reasons["gone.png"] == "no such file or directory"
+    assert reasons["locked"] == "permission denied"
+    assert reasons["loop"].startswith("too many levels of symbolic links")
+    assert reasons["none"].startswith("has no images")
+    assert len(failed) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="pipe"):
+        read_image(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="pipe"), open_image(str(tmp_path / "pipe.jpg")):
+        pass
 
 
 def test_look_at(tmp_path: Path) -> None:

@@ -236,7 +236,9 @@ def read_images(data: str, info: ModelInfo, px: int, count: int, seed: int = 0) 
     if data == "mnist5k":
         images = open_dataset(data)[1]
     else:
-        paths = find_images([data])
+        paths, failed = find_images([data])
+        for path, reason in failed.items():
+            raise InputError(f"--data {data}: {path}: {reason}")
         images = FolderImages(class_names=("",), targets=[0] * len(paths), root="", paths=paths)
     chosen = sorted(sample_rng(seed, 0, 0).permutation(len(images))[:count].tolist())
     transform = EvalTransform(px, info.eval_crop, info.crop_fraction)

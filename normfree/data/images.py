@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -108,6 +109,9 @@ def _ignore_pillows_warnings() -> None:
 
 
 def _open(source: ImageSource) -> Image.Image:
+    is_path = isinstance(source, str | os.PathLike)
+    if is_path and not os.path.isfile(source) and os.path.exists(source) and not os.path.isdir(source):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")  # reading it might never end
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     # Pillow only warns between one and two times its limit, and warnings are a matter of process-wide filters.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:

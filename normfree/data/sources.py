@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,25 +107,41 @@ def describe_classes(train: ImageSet, validation: ImageSet) -> list[str]:
     return lines
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Image files to predict: files as they are given, folders walked in sorted order.
+def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Image files to predict, in order: files as they are given, folders walked in sorted order.
 
-    What is no image, or is none that can be read, is counted on standard error. Raises `InputError`.
+    Among them are paths that cannot be used, such as a folder that may not be listed: the second value says why, by
+    path. Raises `InputError` where there are no others.
     """
     found: list[str] = []
+    failed: dict[str, str] = {}
     for path in paths:
-        if os.path.isdir(path):
-            images, others = _walk(Path(path))
-            if not images:
-                raise InputError(f"{path} has no images; {_contents(Path(path))}")
-            found += [os.path.join(path, name) for name in images]
-            for line in _unread(others, path):
-                print(f"warning: {path}: {line}", file=sys.stderr)
-        elif os.path.exists(path):
+        errors: list[OSError] = []
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+            images, others = _walk(Path(path), errors.append) if is_folder else ([], {})
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             found.append(path)
-        else:
-            raise InputError(f"no such file or folder: {path}")
-    return found
+            failed[path] = _said(error)
+            continue
+        if not is_folder:
+            found.append(path)
+            continue
+        files = {name for names in others.values() for name in names}
+        dangling = {name for name in files if not os.path.exists(os.path.join(path, name))}  # folders, perhaps
+        others = {suffix: rest for suffix, names in others.items() if (rest := [n for n in names if n not in dangling])}
+        failed |= {error.filename: _said(error) for error in errors}
+        below = sorted([os.path.join(path, n) for n in (*images, *dangling)] + [error.filename for error in errors])
+        if not below:
+            failed[path] = f"has no images; {_contents(Path(path))}"
+        elif others:
+            print(f"warning: {path}: {_unread(others, path)[0]}", file=sys.stderr)
+        found += below or [path]
+    if all(path in failed for path in found):
+        first = f"{found[0]}: {failed[found[0]]}" if found else "give images or folders of images"
+        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise InputError(f"nothing to predict: {first}{more}")
+    return found, failed
 
 
 def look_at(images: ImageSet, sample: int = 64) -> tuple[int, bool]:
@@ -382,7 +399,15 @@ def _has_images(folder: Path) -> bool:
     return False
 
 
-def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+def _said(error: Exception) -> str:
+    return ((isinstance(error, OSError) and error.strerror) or str(error)).lower()
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"cannot read folder {error.filename}: {_said(error)}")
+
+
+def _walk(folder: Path, onerror: Callable[[OSError], None] = _refuse) -> tuple[list[str], dict[str, list[str]]]:
     """Sorted paths below `folder` of the images in it, and of its other files by suffix.
 
     Hidden files and folders are skipped, as are those of systems and of training runs. Links are followed, but into no
@@ -393,7 +418,7 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
     known = image_suffixes()
     images: list[str] = []
     others: dict[str, list[str]] = {}
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
         folders.sort()  # which of two links to one folder is taken must not hang on the file system
         for name in list(folders):
             target = Path(parent, name).resolve()
@@ -410,10 +435,6 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
             else:
                 others.setdefault(suffix or "without suffix", []).append(prefix + name)
     return sorted(images), others
-
-
-def _refuse(error: OSError) -> None:
-    raise InputError(f"cannot read folder {error.filename}: {(error.strerror or str(error)).lower()}")
 
 
 def _unread(others: dict[str, list[str]], folder: str | os.PathLike[str]) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.config import utf8
 from normfree.data import Batch, normalize
 from normfree.layers import reuse_weights
 
@@ -134,16 +136,17 @@ def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
 
     The columns of the CSV file are the scores, then the counts of what images of the class were taken for.
     """
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        if suffix == ".csv":
-            confusion = report["confusion"]
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*report["per_class"][0], *(f"taken for {name}" for name in confusion["classes"])])
-            for row, counts in zip(report["per_class"], confusion["rows_true_columns_predicted"], strict=True):
-                writer.writerow([*row.values(), *counts])
-        else:  # a line for each key
-            lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
+    if suffix == ".csv":
+        confusion, file = report["confusion"], StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*report["per_class"][0], *(f"taken for {name}" for name in confusion["classes"])])
+        for row, counts in zip(report["per_class"], confusion["rows_true_columns_predicted"], strict=True):
+            writer.writerow([*row.values(), *counts])
+        text = file.getvalue()
+    else:  # a line for each key
+        lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+    path.write_bytes(utf8(text))
 
 
 def class_table(report: Mapping[str, Mapping[str, int]], most: int = 10) -> list[str]:
