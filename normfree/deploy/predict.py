@@ -71,7 +71,7 @@ def _predict(
     """`predict` from file number `start` on; `failed` says which paths are no files to read, and why."""
     check_range("workers", workers, 0, MAX_WORKERS)
     where = pick_device(device)
-    model = load(weights)
+    model = load(weights).float()
     info = model.info
     assert info is not None
     if not info.num_classes:

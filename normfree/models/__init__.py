@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
-from normfree.config import InputError
-from normfree.models.files import convert_weights, load, load_state, read_any, save
+from normfree.models.files import convert_weights, from_weights, load, save
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.nfnet import NFNet
 from normfree.models.table import TABLE, build, find_variant, list_models
@@ -20,6 +18,7 @@ __all__ = [
     "convert_weights",
     "create_model",
     "find_variant",
+    "from_weights",
     "list_models",
     "load",
     "save",
@@ -38,9 +37,10 @@ def create_model(
     Args:
         name: one of `list_models()`.
         num_classes: 0 leaves the classifier out (pooled features).
-        weights: a file that `save` wrote for the same architecture, one of the authors' (`F0_haiku.npz` …), a timm
-            `.safetensors` or `.pth`, or "hf://owner/name". Options that the file records are taken over. So is its
-            classifier where `num_classes` agrees; where it differs, a fresh one stays.
+        weights: a file that `save` wrote for the same architecture, or a run's folder; one of the authors'
+            (`F0_haiku.npz` …), a timm `.safetensors` or `.pth`, a checkpoint or state dict of a network of ours, or
+            "hf://owner/name". Options that the file records are taken over. So is its classifier where `num_classes`
+            agrees; where it differs, a fresh one stays. The first convolution is adapted where `in_channels` differs.
         overrides: any option of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
             `features_only`; None keeps the file's or the variant's value.
 
@@ -55,12 +55,4 @@ def create_model(
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if weights is None:
         return build(name, num_classes, in_channels, overrides)
-    read = read_any(weights, name, overrides)
-    if read.info.architecture != name:
-        raise InputError(f"{weights} holds weights of {read.info.architecture}, not of {name}")
-    overrides = read.info.overrides | overrides
-    model = build(name, num_classes, in_channels, overrides)
-    load_state(model, read, weights)
-    names = read.info.class_names if num_classes == read.info.num_classes else ()
-    model.info = replace(read.info, num_classes=num_classes, class_names=names, overrides=overrides)
-    return model
+    return from_weights(name, num_classes, in_channels, weights, overrides)[0]

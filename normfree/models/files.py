@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normfree.config import InputError
+from normfree.layers import Activation
 from normfree.models.network import Network
 from normfree.models.table import TABLE, build, defaults
 from normfree.weights import ModelInfo, deepmind, hub, timm
-from normfree.weights.file import Report, file_kind, read_weights, write_weights
+from normfree.weights.file import Report, file_kind, read_weights, some, write_weights
+from normfree.weights.states import plain_names, read_state
 
 Format = Literal["normfree", "timm", "deepmind"]
 # what training alone sees: two networks that differ in it compute the same
@@ -35,27 +39,70 @@ class Weights:
 
 
 def read_any(path: str | os.PathLike, name: str | None = None, overrides: Mapping[str, Any] | None = None) -> Weights:
-    """Tensors and header of a file of ours, an authors' .npz, a timm .safetensors or .pth, or "hf://owner/name".
+    """Tensors and header of a weight file of any kind, a run's folder (its best weights), or "hf://owner/name".
 
     Args:
-        name: our name of the network, needed only where a foreign file does not tell.
-        overrides: options of the network that a foreign file is for.
+        name: our name of the network, needed only where a file does not tell.
+        overrides: options of the network that a file without a header of ours is for.
 
     Raises:
         InputError: in one line, for a file that is missing, damaged, hostile or of no network known here.
     """
-    overrides = {key: value for key, value in (overrides or {}).items() if key not in TRAINING_ONLY}
-    source = str(path)
+    source, overrides = str(path), dict(overrides or {})
+    visible = {key: value for key, value in overrides.items() if key not in TRAINING_ONLY}
     if hub.is_hub_uri(source):
         path = hub.fetch(source)
+    elif (Path(path) / "best.safetensors").is_file():
+        path = Path(path) / "best.safetensors"
     elif not Path(path).is_file():
-        raise InputError(f"no weight file {str(path)!r}" + (" (that is a folder)" if Path(path).is_dir() else ""))
-    kind = file_kind(path)
+        folder = " (that is a folder, with no best.safetensors in it)" if Path(path).is_dir() else ""
+        raise InputError(f"no weight file {str(path)!r}{folder}")
+    try:
+        kind = file_kind(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if kind == "normfree":
-        return Weights(*read_weights(path))
+        state, info = read_weights(path)
+        return Weights(plain_names(state, path)[0], info)
     if kind == "haiku":
-        return _read_deepmind(Path(path), name, overrides)
-    return _read_timm(Path(path), source, overrides)
+        return _read_deepmind(Path(path), name, visible)
+    state, notes = read_state(Path(path))
+    if any(re.match(r"(stem|stages\.\d+\.\d+)\.conv0\.", key) for key in state):
+        return _read_own(state, notes, source, name, [visible, overrides])
+    return _read_timm(state, notes, source, visible)
+
+
+def _read_own(
+    state: dict[str, Tensor],
+    notes: tuple[str, ...],
+    source: str,
+    name: str | None,
+    attempts: Sequence[Mapping[str, Any]],
+) -> Weights:
+    """A state dict of a network of ours, which shows its architecture and not its options; those are in `attempts`."""
+    stem = next((state[key] for key in ("stem.conv0.weight", "stem.conv.weight") if key in state), None)
+    in_channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
+    num_classes, depth = timm.size(state, "head.fc"), timm.depth(state)
+    candidates = [name] if name else [each for each in TABLE if tuple(defaults(each)["depth"]) == depth]
+    fits: dict[str, ModelInfo] = {}
+    differences = []
+    for candidate in candidates:
+        for options in attempts:
+            like = _on_meta(candidate, num_classes, in_channels, options)
+            differences.append(_difference(like.state_dict(), state))
+            if not differences[-1] and like.info is not None:
+                fits.setdefault(candidate, like.info)
+    if len(fits) == 1:
+        name, info = next(iter(fits.items()))
+        said = f"a state dict names no options: those of {name} are taken, {_spell(info.overrides) or 'as they are'}"
+        info = replace(info, source=f"state dict {Path(source).name}")
+        return Weights(state, info, Report(matched=list(state)), (*notes, said))
+    if fits:
+        raise InputError(f"{source} fits {' and '.join(fits)}: name one, as normfree convert IN OUT --model NAME does")
+    how = "it was made with other options: give them in create_model(NAME, weights=..., OPTION=...)"
+    raise InputError(
+        f"{source} does not fit {name or 'any network here'}: {(differences or [f'depth {depth}'])[0]}; {how}"
+    )
 
 
 def _read_deepmind(path: Path, name: str | None, overrides: Mapping[str, Any]) -> Weights:
@@ -83,8 +130,7 @@ def _read_deepmind(path: Path, name: str | None, overrides: Mapping[str, Any]) -
     return best
 
 
-def _read_timm(path: Path, source: str, overrides: Mapping[str, Any]) -> Weights:
-    theirs = timm.read_timm(path)
+def _read_timm(theirs: dict[str, Tensor], notes: tuple[str, ...], source: str, overrides: Mapping[str, Any]) -> Weights:
     config = hub.fetch_config(source) if hub.is_hub_uri(source) else None
     try:
         name, num_classes, in_channels = timm.recognise(theirs)
@@ -100,7 +146,8 @@ def _read_timm(path: Path, source: str, overrides: Mapping[str, Any]) -> Weights
         raise InputError(f"{source} does not fit {ours} as timm's {name}: {report}")
     assert like.info is not None
     info = replace(like.info, source=f"timm's {name} ({Path(source).name})", **prepared)
-    notes = (f"timm's arithmetic is kept, as options that the file records: {_spell(options)}",) if options else ()
+    if options:
+        notes += (f"timm's arithmetic is kept, as options that the file records: {_spell(options)}",)
     return Weights(state, info, report, notes)
 
 
@@ -114,30 +161,104 @@ def _spell(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def load_state(model: Network, weights: Weights, path: str | os.PathLike) -> None:
-    """Puts tensors into a network; a classifier for another number of classes stays as it is."""
-    assert model.info is not None
-    state, info = weights.state, weights.info
-    if info.architecture != model.info.architecture:
-        raise InputError(f"{path} holds weights of {info.architecture}, not of {model.info.architecture}")
+def _difference(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The first tensor that has no counterpart of its name and shape, and how many more; "" where all have."""
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"tensor {wrong[0]!r}{more} differs" if wrong else ""
+
+
+def _load_state(model: Network, state: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Puts tensors into a network, which takes their types."""
     own = model.state_dict()
-    if model.num_classes != info.num_classes or model.out_indices is not None:
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        state |= {key: value for key, value in own.items() if key.startswith("head.")}
     if model.out_indices is not None:  # a feature extractor drops the layers it does not need
         state = {key: value for key, value in state.items() if key in own}
-    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"{path} does not fit this {info.architecture}: tensor {wrong[0]!r}{more} differs")
+    if difference := _difference(own, state):
+        assert model.info is not None
+        raise InputError(f"{path} does not fit this {model.info.architecture}: {difference}")
     model.load_state_dict(state, assign=True)
+
+
+def from_weights(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    path: str | os.PathLike,
+    overrides: Mapping[str, Any],
+    class_names: Sequence[str] = (),
+) -> tuple[Network, tuple[str, ...]]:
+    """A network as `create_model` makes it from a weight file, and lines that say what of the file is not as it was.
+
+    The classifier keeps the rows of those `class_names` (any Unicode form) that the file knows, the others are new;
+    where the file or the caller names no classes, it is kept whole if their number is the same, else it is new. The
+    first convolution is adapted to the number of channels (`timm.with_channels`), whose mean and deviation are the
+    average of the file's. Tensors take the default type, whatever the file's.
+    """
+    read = read_any(path, name, overrides)
+    info, state, notes = read.info, dict(read.state), list(read.notes)
+    if info.architecture != name:
+        raise InputError(f"{path} holds weights of {info.architecture}, not of {name}")
+    overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    options = info.overrides | overrides
+    model = build(name, num_classes, in_channels, options)
+    recorded = defaults(name) | info.overrides
+    changed = {key: value for key, value in overrides.items() if key not in TRAINING_ONLY and recorded[key] != value}
+    if changed:
+        notes.append(f"unlike the network of {path}: {_spell(changed)}")
+    if in_channels != info.in_channels:
+        layer = next(key for key, module in model.named_modules() if isinstance(module, nn.Conv2d))
+        state = timm.with_channels(state, layer, in_channels, recorded.get("ws_eps"))
+        mean, std = (((sum(values) / len(values)),) * in_channels for values in (info.mean, info.std))
+        notes.append(
+            f"{layer} is adapted from {info.in_channels} to {in_channels} channels, mean and deviation averaged"
+        )
+        info = replace(info, mean=mean, std=std)
+    if model.out_indices is None:
+        rows, said = _rows_kept(info, num_classes, class_names)
+        notes.append(said)
+        for key, own in model.state_dict().items():
+            if key.startswith("head.fc."):
+                new = own.clone()
+                if rows and key in state:
+                    new[[row for row, _ in rows]] = state[key][[row for _, row in rows]].to(new.dtype)
+                state[key] = new
+        if not num_classes:
+            state = {key: value for key, value in state.items() if not key.startswith("head.fc.")}
+    own = model.state_dict()
+    _load_state(model, {key: value.to(own[key].dtype) if key in own else value for key, value in state.items()}, path)
+    kept = class_names or (info.class_names if num_classes == info.num_classes else ())
+    model.info = replace(
+        info, num_classes=num_classes, in_channels=in_channels, class_names=tuple(kept), overrides=options
+    )
+    return model, tuple(notes)
+
+
+def _rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
+    """Pairs of a row of the new classifier and the row of the file's that it takes over; and what is to be said."""
+    if not num_classes:
+        return [], "the classifier is left out"
+    if class_names and info.class_names:
+        old = {unicodedata.normalize("NFC", name): row for row, name in enumerate(info.class_names)}
+        names = [unicodedata.normalize("NFC", name) for name in class_names]
+        rows = [(row, old[name]) for row, name in enumerate(names) if name in old]
+        new, gone = [name for name in names if name not in old], [name for name in old if name not in names]
+        if not rows:
+            return [], f"the classifier is new: none of the {num_classes} classes is among the file's"
+        said = f"the classifier keeps its rows for {len(rows)} of {num_classes} classes"
+        said += "".join(f"; {what}: {some(names)}" for what, names in (("new", new), ("left out", gone)) if names)
+        return rows, said
+    if num_classes == info.num_classes:
+        unnamed = "" if info.class_names else ", though the file does not name its classes"
+        return [(row, row) for row in range(num_classes)], f"the classifier for {num_classes} classes is kept{unnamed}"
+    return [], f"the classifier is new: {num_classes} classes, where the file has {info.num_classes or 'none'}"
 
 
 def load(path: str | os.PathLike) -> Network:
     """The network in a weight file, in evaluation mode on the CPU, with the file's header as `model.info`.
 
-    `path`: a file that `save` wrote, a released `F0_haiku.npz` …, a timm `.safetensors` or `.pth`, or
-    "hf://owner/name". InputError, in one line, for anything else.
+    `path`: a file that `save` wrote, a run's folder, a released `F0_haiku.npz` …, a timm `.safetensors` or `.pth`, a
+    state dict of a network of ours with its own options, or "hf://owner/name". Tensors keep the types of a file of
+    ours. InputError, in one line, for anything else.
     """
     weights = read_any(path)
     info = weights.info
@@ -145,19 +266,95 @@ def load(path: str | os.PathLike) -> Network:
         model = _on_meta(info.architecture, info.num_classes, info.in_channels, info.overrides)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
-    load_state(model, weights, path)
+    _load_state(model, weights.state, path)
     model.info = info
     return model.eval()
 
 
-def save(model: Network, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
-    """Writes `model` and `info` (default `model.info`) as one safetensors file that `load` and `predict` take."""
-    info = info or model.info
-    if info is None:
+def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
+    """Writes `model` and what `load` and `predict` need to know as one safetensors file.
+
+    Args:
+        model: as `create_model` made it, also inside `torch.compile`, DDP, FSDP2 or an average of its weights; its
+            classifier and first convolution may be others. Under FSDP2 all ranks call this.
+        info: None: `model.info`, with the number of classes and channels that the network has now.
+
+    Raises:
+        InputError: in one line, and nothing is written: a network that `load` would not build again from its tensors,
+            `info` of another one, or a place that cannot be written to.
+        OSError: the disk is full; the file that was there is still whole.
+    """
+    network = _unwrapped(model)
+    full = {key: _whole(value) for key, value in network.state_dict().items()}
+    state, _ = plain_names(full, path)
+    known = info or getattr(network, "info", None)
+    if known is None:
         raise InputError(
-            "this network was not made by create_model: pass info=ModelInfo(architecture, num_classes, ...)"
+            "this network was not made by create_model: pass the one that is inside, or "
+            "info=ModelInfo(architecture, num_classes, ...)"
         )
-    write_weights(path, model.state_dict(), info)
+    write_weights(path, state, _described(network, state, known, info is not None))
+
+
+def _whole(value: Tensor) -> Tensor:
+    """All of a tensor of which this rank has a shard (a DTensor, whose class takes seconds to import)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[attr-defined]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile` (`_orig_mod`), DDP, DataParallel, AveragedModel, timm's EMA (`module`)."""
+    # other people's wrappers may compute something before the network or after it
+    if isinstance(model, Network) or type(model).__module__.partition(".")[0] not in ("torch", "timm"):
+        return model
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo, strict: bool) -> ModelInfo:
+    """`info` with the classes and channels that the tensors have; InputError where `load` would build another network.
+
+    `strict`: `info` must say so already.
+    """
+    first = next((value for value in state.values() if value.ndim == 4), None)
+    in_channels = info.in_channels if first is None else first.shape[1]
+    extracts = isinstance(network, Network) and network.out_indices is not None  # which has no classifier to count
+    num_classes = info.num_classes if extracts else timm.size(state, "head.fc")
+    if (num_classes, in_channels) != (info.num_classes, info.in_channels):
+        if strict:
+            theirs, ours = (
+                f"{a} classes and {b} channels"
+                for a, b in ((info.num_classes, info.in_channels), (num_classes, in_channels))
+            )
+            raise InputError(f"info is for {theirs}, the network has {ours}")
+        names = info.class_names if num_classes == info.num_classes else ()
+        info = replace(info, num_classes=num_classes, class_names=names)
+    like = _on_meta(info.architecture, num_classes, in_channels, info.overrides)
+    assert like.info is not None
+    if in_channels != info.in_channels:
+        info = replace(info, in_channels=in_channels, mean=like.info.mean, std=like.info.std)
+    difference = _difference(like.state_dict(), state)
+    if not difference:
+        own, expected = _modules(network), _modules(like)
+        wrong = [key for key in expected if key not in own or not _alike(own[key], expected[key])]
+        difference = f"layer {wrong[0]!r} is another" if wrong else ""
+    if difference:
+        what = f"{info.architecture}{' with ' + _spell(info.overrides) if info.overrides else ''}"
+        how = "torch.save its state_dict() instead"
+        raise InputError(f"a weight file cannot describe this network: it is no {what} any more ({difference}); {how}")
+    return info
+
+
+def _modules(network: nn.Module) -> dict[str, nn.Module]:
+    return plain_names(dict(network.named_modules()), "the network")[0]
+
+
+def _alike(own: nn.Module, like: nn.Module) -> bool:
+    """Whether two layers compute the same from the same tensors: kind, strides, padding, scales, activation."""
+    norm = nn.modules.batchnorm._BatchNorm  # SyncBatchNorm is another of them
+    if not isinstance(own, norm if isinstance(like, norm) else type(like)):
+        return False
+    spelled = isinstance(like, nn.modules.conv._ConvNd | nn.Linear | Activation)
+    return not spelled or own.extra_repr() == like.extra_repr()
 
 
 def convert_weights(source: str, out: str, format: Format | None = None, name: str | None = None) -> Weights:

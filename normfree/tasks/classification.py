@@ -58,7 +58,7 @@ from normfree.engine.distributed import keep_freed_memory, memory_gib, pick_devi
 from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
 from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
-from normfree.models import Network, create_model, load, save
+from normfree.models import Network, create_model, from_weights, load, save
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Images, Machine, Reason, choose, fast_enough, shorten
@@ -81,6 +81,7 @@ class Classification:
     device: torch.device
     log_priors: Tensor | None = None  # (K,), times the option `balance`
     data: dict[str, Any] = field(default_factory=dict)  # what data.json of the run folder says
+    notes: tuple[str, ...] = ()  # what became of the weight file that the run starts from
     _said: set[str] = field(default_factory=set)
     _unreadable: int = 0
     _last: Accuracy | None = None
@@ -283,7 +284,10 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         raise InputError(f"--batch-size {o.batch_size} is more than the {len(train_set)} training images")
     torch.manual_seed(run.seed)
     num_classes = len(train_set.class_names)
-    model = create_model(m.model, num_classes, m.in_channels, m.init, **m.overrides())
+    if m.init is None:
+        model, notes = create_model(m.model, num_classes, m.in_channels, **m.overrides()), ()
+    else:
+        model, notes = from_weights(m.model, num_classes, m.in_channels, m.init, m.overrides(), train_set.class_names)
     assert model.info is not None
     if m.freeze:
         model.requires_grad_(False)
@@ -309,7 +313,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
             train_set = cached(train_set, info.in_channels, train_transform(run.data, info).min_px)
         if fits_in_memory(validation_set):
             validation_set = cached(validation_set, info.in_channels, eval_transform(info).min_px)
-    task = Classification(model, info, train_set, validation_set, run, device, log_priors, data)
+    task = Classification(model, info, train_set, validation_set, run, device, log_priors, data, notes)
 
     optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
     steps_per_epoch = len(train_set) / o.batch_size
@@ -451,7 +455,8 @@ def describe(task: Classification, plan: Plan, folder: Path) -> str:
         + "".join(f"note     {line}\n" for line in task.train_set.notes)
         + f"network  {info.architecture}, {millions:.1f} M parameters, {info.train_px} px in training and "
         f"{info.eval_px} px in evaluation, {run.precision} on {task.device}\n"
-        f"run      {epochs:.3g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
+        + "".join(f"init     {line}\n" for line in task.notes)
+        + f"run      {epochs:.3g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
     )
 
 
@@ -488,7 +493,7 @@ def evaluate_weights(
             raise InputError(f"--out {out}: the name must end in .json or .csv")
         check_writable(out)
     where = pick_device(device)
-    model = load(weights)
+    model = load(weights).float()
     assert model.info is not None
     info = replace(model.info, eval_px=px or model.info.eval_px)
     if not info.class_names:

@@ -1,6 +1,6 @@
 """The authors' released weight files, `F0_haiku.npz` … `F6_haiku.npz`: two-level mappings of numpy arrays.
 
-In spite of their name the files are pickles (made with dill). They are read by an unpickler that knows numpy arrays
+In spite of their name the files are pickles (made with dill). They are read by an unpickler that knows numbers, arrays
 and mappings and refuses everything else by name, so that no code in a file can run.
 """
 
@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from normfree.config import InputError
 from normfree.weights.file import Report, replacing
+from normfree.weights.pickles import Refused, Unpickler
 
 Tree = dict[str, dict[str, np.ndarray]]
 
@@ -42,78 +43,108 @@ FIXED: dict[str, Any] = dict(
 )
 
 
-class _Refused(pickle.UnpicklingError):
-    """str() names what has no place in a weight file."""
-
-
 def _latin1(text: str, encoding: str) -> bytes:
     """How pickles of protocol 2 spell bytes."""
     if encoding != "latin1":
-        raise _Refused(f"bytes in the encoding {encoding!r}")
+        raise Refused(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _array(subtype: type, shape: tuple, dtype: Any) -> np.ndarray:
     """The empty array that numpy's pickles fill afterwards."""
     if subtype is not np.ndarray or tuple(shape) != (0,):
-        raise _Refused(f"an array of type {subtype!r} and shape {shape!r}")
+        raise Refused(f"an array of type {subtype!r} and shape {shape!r}")
     return np.ndarray((0,), dtype=np.dtype(dtype))
 
 
-def _dill_array(rebuild: Callable, arguments: tuple, state: tuple, attributes: Any = None) -> np.ndarray:
-    """How dill spells an array: what pickle does in two steps, in one call."""
-    if rebuild is not _array or attributes:
-        raise _Refused(f"an array made by {rebuild!r}")
+def _array_at_once(rebuild: Callable, arguments: tuple, state: tuple, attributes: Any = None) -> np.ndarray:
+    """How dill and JAX spell an array: what pickle does in two steps, in one call. JAX adds what it knows of types."""
+    if rebuild is not _array or (attributes and not isinstance(attributes, dict)):
+        raise Refused(f"an array made by {rebuild!r}")
     array = _array(*arguments)
     array.__setstate__(state)  # type: ignore[attr-defined]
     return array
 
 
+def _array_of_bytes(data: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
+    """How pickles of protocol 5 spell an array."""
+    return np.frombuffer(data, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def _scalar(dtype: np.dtype, data: bytes = b"") -> np.ndarray:
+    return np.frombuffer(data, dtype, count=1).reshape(())
+
+
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _array,  # the names of numpy 1 and numpy 2
-    ("numpy._core.multiarray", "_reconstruct"): _array,
-    ("dill._dill", "_create_array"): _dill_array,
-    ("dill.dill", "_create_array"): _dill_array,
+    **{
+        (f"numpy.{core}.{module}", name): function  # the names of numpy 1 and numpy 2
+        for core in ("core", "_core")
+        for module, name, function in (
+            ("multiarray", "_reconstruct", _array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _array_of_bytes),
+        )
+    },
+    ("dill._dill", "_create_array"): _array_at_once,
+    ("dill.dill", "_create_array"): _array_at_once,
+    ("jax._src.array", "_reconstruct_array"): _array_at_once,
+    ("jax._src.device_array", "reconstruct_device_array"): _array_at_once,
     ("_codecs", "encode"): _latin1,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "dict"): dict,
-    ("__builtin__", "dict"): dict,
     ("haiku._src.data_structures", "FlatMapping"): dict,  # both reduce to one call with a plain dict
     ("haiku._src.data_structures", "FlatMap"): dict,
     ("haiku._src.data_structures", "frozendict"): dict,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise _Refused(f"{module}.{name}")
-        return _ADMITTED[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _Refused("a reference to outside the file")
-
-
 def read_haiku(path: str | os.PathLike) -> Tree:
-    """{module: {name: array}} of a file; InputError in one line if it holds anything but arrays in mappings."""
+    """{module: {name: array}} of a file; InputError in one line if it holds anything but numbers in mappings.
+
+    Of a checkpoint, a mapping or tuple of several such trees: the average, where there is one, else the parameters.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            tree = _Unpickler(file).load()
-    except _Refused as error:
+            content = Unpickler(file, _ADMITTED).load()
+        leaves = dict(_leaves(content))
+    except Refused as error:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly every type
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path} is damaged or no haiku weight file ({type(error).__name__}: {reason})") from None
-    if not isinstance(tree, Mapping) or not all(isinstance(module, Mapping) for module in tree.values()):
+    if not leaves or not isinstance(content, Mapping | tuple | list):
         raise InputError(f"{path} is no haiku weight file: modules with named arrays are expected")
-    for module, arrays in tree.items():
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-                raise InputError(f"{path} is no haiku weight file: {module}/{name} is no array of floats")
-    return {str(module): dict(arrays) for module, arrays in tree.items()}
+    for place, leaf in leaves.items():
+        if not isinstance(leaf, np.ndarray | int | float) or np.asarray(leaf).dtype.kind not in "fiub":
+            raise InputError(f"{path} is no haiku weight file: {place} is no array of floats")
+    roots = "|".join(root for root, _ in FAMILIES.values())
+    before = {found[1]: None for place in leaves if (found := re.match(rf"(|.*?/)(?:{roots})/", place))}
+    prefix = min(before, key=lambda place: ("ema" not in place, "params" not in place), default="")
+    tree: Tree = {}
+    for place, leaf in leaves.items():
+        module, _, name = place.removeprefix(prefix).rpartition("/")
+        if not place.startswith(prefix):
+            continue
+        if not module or not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f":
+            raise InputError(f"{path} is no haiku weight file: {place} is no array of floats")
+        tree.setdefault(module, {})[name] = leaf
+    return tree
+
+
+def _leaves(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Whatever is no mapping or sequence, and where it is; None, what is empty and what came before are left out."""
+    seen = set() if seen is None else seen
+    items = content.items() if isinstance(content, Mapping) else None
+    items = enumerate(content) if isinstance(content, tuple | list) else items
+    if items is None:
+        yield from [] if content is None else [(place, content)]
+    elif id(content) not in seen:
+        seen.add(id(content))
+        for key, value in items:
+            yield from _leaves(value, f"{place}/{key}" if place else str(key), seen)
 
 
 def write_haiku(path: str | os.PathLike, tree: Tree) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import stat
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normfree.config import EvalCrop, InputError
+from normfree.weights.pickles import OLD_TORCH
 
 KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save's files began before version 1.6
+# what keeps a disk from taking more; everything else that keeps a file from being written is about its name or place
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -91,6 +97,11 @@ class ModelInfo:
         return info
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, in a row."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 @dataclass
 class Report:
     """What became of every tensor of a foreign file, by name: ours where we have it, else the file's own."""
@@ -101,13 +112,13 @@ class Report:
     reshaped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        def some(names: list[str]) -> str:
-            return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        def named(names: list[str]) -> str:
+            return f" ({some(names)})" if names else ""
 
         return (
-            f"{len(self.matched)} tensors matched, {len(self.missing)} missing{some(self.missing)}, "
-            f"{len(self.unexpected)} unexpected{some(self.unexpected)}, "
-            f"{len(self.reshaped)} of another shape{some(self.reshaped)}"
+            f"{len(self.matched)} tensors matched, {len(self.missing)} missing{named(self.missing)}, "
+            f"{len(self.unexpected)} unexpected{named(self.unexpected)}, "
+            f"{len(self.reshaped)} of another shape{named(self.reshaped)}"
         )
 
     @property
@@ -118,33 +129,62 @@ class Report:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary path beside `path`, renamed to it at the end, so that a reader never sees half a file.
+
+    The file gets the mode that `open` would give it. Where `path` is a symbolic link, what it points to is replaced.
+    InputError, or for a full or failing disk OSError, in one line, with everything on the disk as it was.
+    """
+    final = Path(os.path.realpath(path))
+    temporary = final.with_name(f".{final.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        if final.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
-        with open(temporary, "rb") as file:
+        temporary.chmod(mode)  # safetensors makes a file of its own, for its owner alone
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(final)
+    except (OSError, SafetensorError) as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        reason = os.strerror(number) if number is not None else " ".join(str(error).split())
+        if number in _DISK:
+            raise OSError(number, reason, str(path)) from None
+        raise InputError(f"cannot write {path}: {reason}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def write_weights(path: str | os.PathLike, state: dict[str, Tensor], info: ModelInfo) -> None:
-    """A file of ours: all of it or, on an error, none."""
+def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: ModelInfo) -> None:
+    """A file of ours: all of it or, on an error, none. InputError for a header that could not be read again."""
+    try:
+        metadata = info.to_metadata()
+        ModelInfo.from_metadata(metadata)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"cannot write {path}: its header would be unreadable ({error})") from None
+    tensors, taken = {}, set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:  # shared, which safetensors refuses
+            tensor = tensor.clone()
+        taken.add(storage.data_ptr())
+        tensors[key] = tensor
     with replacing(path) as temporary:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, temporary, info.to_metadata())
+        save_file(tensors, temporary, metadata)
 
 
 def file_kind(path: str | os.PathLike) -> Literal["normfree", "safetensors", "torch", "haiku"]:
     """What a weight file is by its first bytes and header; "normfree" for what is none, so that it is refused."""
     with open(path, "rb") as file:
-        start = file.read(len(_OLD_TORCH))
+        start = file.read(len(OLD_TORCH))
     # safetensors' first eight bytes are the length of its header, and may look like anything
     if int.from_bytes(start[:8], "little") >= os.path.getsize(path):
-        if start[:2] == b"PK" or start == _OLD_TORCH:
+        if start[:2] == b"PK" or start == OLD_TORCH:
             return "torch"
         if start[:1] == b"\x80":
             return "haiku"

@@ -6,20 +6,19 @@ timm computes a little differently (docs/parity.md). A network of ours does the 
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.weights.file import Report, file_kind, replacing
+from normfree.weights.file import Report, replacing
 
 _EPS = {"ws_eps": 1e-5}
 _DM = _EPS | {"activation": "gelu_erf"}
@@ -86,32 +85,37 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
 
     InputError if it is none of `ARCHITECTURES`.
     """
-    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
-    depth = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
+    blocks = depth(state)
     gate = "eca" if any(key.endswith("attn_last.conv.weight") for key in state) else ""
     name = ""
     if "stem.conv4.weight" in state:
-        size = depth[0] - 1
-        inner, outer = (_size(state, f"stages.0.0.conv{i}") for i in (1, 3))
+        number = blocks[0] - 1
+        inner, outer = (size(state, f"stages.0.0.conv{i}") for i in (1, 3))
         if any(key.endswith("skipinit_gain") for key in state):
-            name = f"dm_nfnet_f{size}"
+            name = f"dm_nfnet_f{number}"
         else:
-            name = f"{gate}_nfnet_l{size}".lstrip("_") if 4 * inner == outer else f"nfnet_f{size}"
+            name = f"{gate}_nfnet_l{number}".lstrip("_") if 4 * inner == outer else f"nfnet_f{number}"
     elif "stem.conv.weight" in state and "final_conv.weight" in state:
-        name = f"nf_regnet_{_REGNETS.get(depth)}"
+        name = f"nf_regnet_{_REGNETS.get(blocks)}"
     elif "stem.conv.weight" in state:
         gate = gate or ("se" if any(".attn_last." in key for key in state) else "")
-        name = f"nf_{gate}resnet{_RESNETS.get(depth)}"
+        name = f"nf_{gate}resnet{_RESNETS.get(blocks)}"
     stem = state.get("stem.conv1.weight", state.get("stem.conv.weight"))
     if name not in ARCHITECTURES or stem is None or stem.ndim != 4:
         raise InputError(
             "it is no file that normfree wrote, nor are its tensors of a normalizer-free network of timm's"
         )
-    return name, _size(state, "head.fc"), stem.shape[1]
+    return name, size(state, "head.fc"), stem.shape[1]
 
 
-def _size(state: Mapping[str, Tensor], layer: str) -> int:
-    """Its outputs."""
+def depth(state: Mapping[str, Any]) -> tuple[int, ...]:
+    """Blocks in each of the four stages; their names are the same here and there."""
+    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
+    return tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
+
+
+def size(state: Mapping[str, Tensor], layer: str) -> int:
+    """Outputs of a linear layer or convolution; 0 where there is none."""
     return state[f"{layer}.bias"].numel() if f"{layer}.bias" in state else 0
 
 
@@ -133,34 +137,6 @@ def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str,
         said |= dict(crop_fraction=cfg.get("test_crop_pct", cfg["crop_pct"]), licence=cfg.get("license", ""))
         said["eval_crop"] = "resize_crop" if cfg.get("crop_mode") == "squash" else "center"
     return said
-
-
-def read_timm(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or a torch file; of a training checkpoint, its EMA weights if it has them.
-
-    Torch files are read with `weights_only`, which runs no code of the file. InputError for anything else.
-    """
-    path = Path(path)
-    try:
-        content = torch.load(path, "cpu", weights_only=True) if file_kind(path) == "torch" else load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or no weight file ({' '.join(str(error).split())})") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"a weight file has no business with {found[1]}" if found else "it is damaged or holds more than tensors"
-        )
-        raise InputError(f"{path} is refused: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is damaged or no weight file ({reason})") from None
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no state dict: names with tensors are expected")
-    return {str(key).removeprefix("module."): value.clone() for key, value in content.items()}
 
 
 def _timm_key(key: str, names: Mapping[str, Any]) -> str:
@@ -207,7 +183,15 @@ def write_timm(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
         if Path(path).suffix == ".safetensors":
             save_file(state, temporary, {"format": "pt"})
         else:
-            torch.save(state, temporary)
+            content = io.BytesIO()  # torch names no cause where it cannot write
+            torch.save(state, content)
+            temporary.write_bytes(content.getbuffer())
+
+
+def _deviation(weight: Tensor, eps: float | None) -> Tensor:
+    """What weight standardization with epsilon `eps` divides each output channel by, (out,) float64."""
+    var, fan_in = weight.double().flatten(1).var(1, correction=0), weight[0].numel()
+    return (var * fan_in).clamp(min=1e-4).sqrt() if eps is None else ((var + eps) * fan_in).sqrt()
 
 
 def with_epsilon(state: Mapping[str, Tensor], old: float | None, new: float | None) -> dict[str, Tensor]:
@@ -215,13 +199,26 @@ def with_epsilon(state: Mapping[str, Tensor], old: float | None, new: float | No
     state = dict(state)
     if old == new:
         return state
-
-    def variance(weight: Tensor, eps: float | None) -> Tensor:
-        var = weight.double().flatten(1).var(1, correction=0)
-        return var.clamp(min=1e-4 / weight[0].numel()) if eps is None else var + eps
-
     for key in [key for key in state if key.endswith(".gain")]:
         weight = state[key.removesuffix("gain") + "weight"]
-        ratio = (variance(weight, new) / variance(weight, old)).sqrt()
-        state[key] = (state[key] * ratio).to(state[key].dtype)
+        state[key] = (state[key] * _deviation(weight, new) / _deviation(weight, old)).to(state[key].dtype)
+    return state
+
+
+def with_channels(state: Mapping[str, Tensor], layer: str, channels: int, eps: float | None) -> dict[str, Tensor]:
+    """The first convolution, called `layer`, for images of another number of channels, as timm adapts it.
+
+    One channel: the filter's sum over its channels. More: its channels again and again, smaller in proportion. Weight
+    standardization would give the new filter the old one's length; its gain takes the ratio, so that one channel, and
+    any multiple of the old channels, see what images with equal channels saw before.
+    """
+    state = dict(state)
+    weight, gain = state[f"{layer}.weight"], f"{layer}.gain"
+    if channels == 1:
+        new = weight.sum(1, keepdim=True)
+    else:
+        new = weight[:, [i % weight.shape[1] for i in range(channels)]] * (weight.shape[1] / channels)
+    state[f"{layer}.weight"] = new
+    if gain in state:
+        state[gain] = (state[gain] * _deviation(new, eps) / _deviation(weight, eps)).to(state[gain].dtype)
     return state
