@@ -78,6 +78,7 @@ def test_public_names_are_there():
         "normfree.optim.schedule",
         "normfree.weights.deepmind",
         "normfree.weights.hub",
+        "normfree.weights.states",
         "normfree.weights.timm",
     ],
 )
