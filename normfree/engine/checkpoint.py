@@ -53,8 +53,10 @@ def save_checkpoint(
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):  # of a file that was being written it does not say which
+            raise OSError(error.errno, error.strerror or str(error), str(final)) from None
         raise
     _sync(folder)
     for old in _all_steps(folder)[:-keep]:
@@ -73,9 +75,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
             dcp.save(packed, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
     except dcp.CheckpointException as error:
         reason = next(reason for reason, _ in error.failures.values())
-        if isinstance(reason, OSError):
-            raise reason from None
-        raise OSError(" ".join(f"cannot write {folder}: {reason}".split())[:300]) from None
+        raise reason if isinstance(reason, OSError) else OSError(" ".join(str(reason).split())[:300]) from None
     return sorted(packed)
 
 
