@@ -5,7 +5,7 @@
 
 JPEGs of photographs that installed packages carry are made in a temporary folder and lie in the page cache. Both sides
 give batches of uint8 (N, 3, 192, 192) and run in one process, in turn; numbers are medians of rounds. A round begins a
-loader, lets its first batches pass, and times the others. timm and scikit-image are needed, for Parquet datasets.
+loader, lets its first batches pass, and times the others. All that it needs is in the extra `dev`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import PIL
-import skimage
 import sklearn
 import timm
 import torch
@@ -38,12 +37,10 @@ from normfree.data.pack import pack
 
 PX, BATCH, WARM_BATCHES = 192, 32, 4
 SHORT_PX, QUALITY = 400, 90
-PHOTOGRAPHS = {
-    skimage: ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "retina.jpg"],
-    sklearn: ["china.jpg", "flower.jpg"],
-    matplotlib: ["grace_hopper.jpg"],
-}
-FOLDERS = {skimage: "data", sklearn: "datasets/images", matplotlib: "mpl-data/sample_data"}
+PHOTOGRAPHS = [
+    *(Path(sklearn.__file__).parent / "datasets/images" / name for name in ("china.jpg", "flower.jpg")),
+    Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg",
+]
 
 # What is drawn for an image after crop and flip, by ours and by timm.
 AUGMENTATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -56,13 +53,11 @@ AUGMENTATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def make_photographs(folder: Path, count: int) -> None:
     """`count` crops of the photographs, some mirrored, as JPEG: a class for each photograph, short side 400 px."""
-    files = [
-        Path(package.__file__).parent / FOLDERS[package] / n for package, names in PHOTOGRAPHS.items() for n in names
-    ]
-    photographs = [Image.open(file).convert("RGB") for file in files]
+    photographs = [Image.open(file).convert("RGB") for file in PHOTOGRAPHS]
     rng = np.random.default_rng(0)
     for number in range(count):
-        file, photograph = files[number % len(files)], photographs[number % len(files)]
+        which = number % len(photographs)
+        file, photograph = PHOTOGRAPHS[which], photographs[which]
         shares = rng.uniform(0.6, 1, size=2)
         width, height = round(photograph.width * shares[0]), round(photograph.height * shares[1])
         left, upper = rng.integers(photograph.width - width + 1), rng.integers(photograph.height - height + 1)
@@ -75,7 +70,7 @@ def make_photographs(folder: Path, count: int) -> None:
         path = folder / "train" / file.stem / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         crop.save(path, quality=QUALITY)
-    held = folder / "validation" / files[0].stem / "0.jpg"  # so that all of the others are for training
+    held = folder / "validation" / PHOTOGRAPHS[0].stem / "0.jpg"  # so that all of the others are for training
     held.parent.mkdir(parents=True)
     photographs[0].save(held)
 

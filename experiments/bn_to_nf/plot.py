@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -118,6 +119,7 @@ def table(results: list[Result]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     results = load_results()
     IMAGES.mkdir(parents=True, exist_ok=True)
     title = "torchvision networks from scratch, 3,068 clothing photographs at 48 px: "
