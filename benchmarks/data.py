@@ -48,6 +48,7 @@ AUGMENTATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "RandAugment 4, 5; rand-m5-n4": ({"augment": RandAugment(4, 5, "pil")}, {"auto_augment": "rand-m5-n4"}),
     "RandAugment 4, 5; rand-m5-n4-p1": ({"augment": RandAugment(4, 5, "pil")}, {"auto_augment": "rand-m5-n4-p1"}),
     "MixUp and CutMix": ({"mixing": Mixing(0.2, 1.0)}, {"mixing": True}),
+    "the same, in pairs of the batch": ({"mixing": Mixing(0.2, 1.0, "batch")}, {"mixing": True}),
 }
 
 

@@ -21,6 +21,7 @@ Four = tuple[int, int, int, int]
 EvalCrop = Literal["center", "resize_crop", "crop_resize"]
 AugmentStyle = Literal["pil", "paper"]
 CropStyle = Literal["pil", "paper", "shift"]
+MixPairs = Literal["stream", "batch"]
 
 
 class InputError(ValueError):
@@ -157,6 +158,9 @@ class DataConfig:
     """α of MixUp; 0: without; the paper's is 0.2. It takes half of the batch if CutMix takes the rest."""
     cutmix: float = 0.0
     """α of CutMix; 0: without; the paper's is 1."""
+    mix_pairs: MixPairs = "stream"
+    """What is mixed. stream: two images are read for each, as in the released code; batch: an image and the next one of
+    its batch, so that each is read once."""
     randaugment_layers: int = 0
     """RandAugment operations on each training image; 0: without; the paper's is 4."""
     randaugment_magnitude: float = 5.0
@@ -176,7 +180,8 @@ class OptimConfig:
     """Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay (paper, appendix A.1)."""
 
     epochs: float = 20
-    """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two."""
+    """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
+    `--mix-pairs batch`."""
     steps: int | None = None
     """Length of the run in steps, where that is not for the number of images to decide; None: as `epochs` says."""
     batch_size: int = 64
@@ -278,6 +283,14 @@ def validate(run: RunConfig) -> None:
         ),
         (d.mixup >= 0, f"mixup {d.mixup}: at least 0; 0 is without, the paper's is 0.2"),
         (d.cutmix >= 0, f"cutmix {d.cutmix}: at least 0; 0 is without, the paper's is 1"),
+        (
+            d.mix_pairs == "stream" or d.mixup > 0 or d.cutmix > 0,
+            f"mix-pairs {d.mix_pairs}: void without --mixup or --cutmix",
+        ),
+        (
+            d.mix_pairs == "stream" or o.batch_size >= 2,
+            f"mix-pairs {d.mix_pairs}: an image is mixed with another of its batch, so that --batch-size is at least 2",
+        ),
         (d.randaugment_layers >= 0, f"randaugment-layers {d.randaugment_layers}: at least 0; 0 is without"),
         (0 <= d.randaugment_magnitude <= 30, f"randaugment-magnitude {d.randaugment_magnitude}: 0 to 30"),
         (0 < d.crop_fraction <= 1, f"crop-fraction {d.crop_fraction}: more than 0, at most 1"),

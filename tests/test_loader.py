@@ -329,7 +329,7 @@ def test_a_fork_leaves_the_workers_alone() -> None:
 
 # --- mixing and augmentation ---
 
-MIXING, AUGMENT = Mixing(0.2, 1.0), RandAugment(2, 10, "pil")
+MIXING, IN_BATCH, AUGMENT = Mixing(0.2, 1.0), Mixing(0.2, 1.0, "batch"), RandAugment(2, 10, "pil")
 
 
 def test_mixed_images_are_made_of_two_in_order() -> None:
@@ -353,7 +353,45 @@ def test_mixed_images_are_made_of_two_in_order() -> None:
             assert float(batch.ratios[i]) == pytest.approx(ratio)
 
 
-@pytest.mark.parametrize("options", [{"augment": AUGMENT}, {"mixing": MIXING}, {"mixing": MIXING, "augment": AUGMENT}])
+@pytest.mark.parametrize("augment", [None, AUGMENT])
+def test_pairs_of_a_batch_are_neighbours_that_are_read_once(augment: RandAugment | None) -> None:
+    """An image is the first of the pair with the next one, and the second of that with the one before."""
+    images, transform, keys = arrays(), TrainTransform(8), order(4)
+    read = []
+
+    class Counted(ArrayImages):
+        def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
+            read.append(index)
+            return super().read(index, channels, min_px)
+
+    for step, batch in enumerate(stream(Counted(**vars(images)), mixing=IN_BATCH, augment=augment)):
+        part = keys[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+        rngs = [sample_rng(7, epoch, index) for epoch, index in part]
+        crops = [transform(images.read(index), rng) for (_, index), rng in zip(part, rngs, strict=True)]
+        assert batch.mix_targets is not None
+        assert batch.ratios is not None
+        assert batch.indices.tolist() == [index for _, index in part]
+        assert batch.mix_targets.tolist() == batch.targets.roll(-1).tolist()
+        for i, (rng, crop) in enumerate(zip(rngs, crops, strict=True)):
+            mixed, ratio = IN_BATCH(crop, crops[(i + 1) % BATCH_SIZE], i, rng)
+            if augment:
+                mixed = torch.from_numpy(augment(mixed.permute(1, 2, 0).numpy(), rng)).permute(2, 0, 1)
+            assert torch.equal(batch.images[i], mixed)
+            assert float(batch.ratios[i]) == pytest.approx(ratio)
+    assert read == [index for _, index in keys[: 14 * BATCH_SIZE]]
+
+
+def test_a_batch_of_one_has_no_pairs() -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        train_batches(
+            arrays(), TrainTransform(8), batch_size=1, seed=0, start_step=0, stop_step=1, workers=0, mixing=IN_BATCH
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"augment": AUGMENT}, {"mixing": MIXING}, {"mixing": MIXING, "augment": AUGMENT}, {"mixing": IN_BATCH}],
+)
 def test_mixed_and_augmented_streams_hang_on_seed_and_step_alone(options: dict) -> None:
     whole = stream(**options)
     for start in (1, 4, 9):  # step 2, and with mixing step 4 as well, straddle the end of an epoch

@@ -116,6 +116,8 @@ def test_halves_of_the_batch() -> None:
 def test_wrong_settings(wrong: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="both are at least 0 and one is more"):
         Mixing(*wrong)
+    with pytest.raises(InputError, match="pairs is 'rows'; it must be stream or batch"):
+        Mixing(pairs="rows")  # type: ignore
 
 
 # --- loss and configuration ---
@@ -140,12 +142,18 @@ def test_loss_is_that_of_the_mixed_and_smoothed_label() -> None:
 
 def test_a_run_with_everything_on(photos: Path, tmp_path: Path) -> None:
     run = mnist5k(str(photos))
-    options = dict(mixup=0.2, cutmix=1.0, randaugment_layers=4, randaugment_magnitude=10.0, crop_style="paper")
+    options = dict(
+        mixup=0.2, cutmix=1.0, mix_pairs="batch", randaugment_layers=4, randaugment_magnitude=10.0, crop_style="paper"
+    )
     run = replace(run, data=replace(run.data, **options), optim=replace(run.optim, batch_size=8))
     save_config(run, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == run
+    with pytest.raises(InputError, match=r"--mix-pairs batch: .* --batch-size is at least 2"):
+        validate(replace(run, optim=replace(run.optim, batch_size=1)))
     task = build(run)[0]
     batch = next(task.batches(0, 1))
+    assert batch.mix_targets is not None
+    assert torch.equal(batch.mix_targets, batch.targets.roll(-1))
     assert batch.images.dtype == torch.uint8
     assert batch.mix_targets is not None
     assert batch.ratios is not None
@@ -164,6 +172,7 @@ def test_a_run_with_everything_on(photos: Path, tmp_path: Path) -> None:
     [
         ({"mixup": -0.2}, "--mixup -0.2: at least 0; 0 is without, the paper's is 0.2"),
         ({"cutmix": -1.0}, "--cutmix -1.0: at least 0; 0 is without, the paper's is 1"),
+        ({"mix_pairs": "batch"}, "--mix-pairs batch: void without --mixup or --cutmix"),
         ({"randaugment_layers": -1}, "--randaugment-layers -1: at least 0; 0 is without"),
         ({"randaugment_magnitude": 40.0}, "--randaugment-magnitude 40.0: 0 to 30"),
     ],

@@ -79,16 +79,21 @@ def train_batches(
     are full. An image that cannot be read gives its place to another, drawn by (seed, epoch, index), and is listed in
     its batch's `unreadable`. `transform(image, rng)` gives a tensor (C, H, W); `min_px` goes to `ImageSet.read`.
 
-    With `mixing`, image p of the stream is made of images 2p and 2p + 1 of the one without, so that it passes the data
-    set twice as fast, as the released code's does. `augment` works on what has been cropped and mixed.
+    With `mixing` of pairs from the stream, image p is made of images 2p and 2p + 1 of the stream without, so that it
+    passes the data set twice as fast, as the released code's does. With pairs from the batch, the images are those of
+    the stream without, each mixed with the next one of its batch, the last with the first. `augment` works on what has
+    been cropped and mixed.
 
-    Raises `InputError` for a batch larger than the data set and, while iterating, if no replacement can be read either.
+    Raises `InputError` for a batch larger than the data set, for pairs from a batch of one and, while iterating, if no
+    replacement can be read either.
     """
     if batch_size > len(images):
         largest = f"{len(images)} is the largest that fits"
         raise InputError(f"the batch size is {batch_size} but there are {len(images)} training images; {largest}")
     reader = _TrainReader(images, transform, seed, channels, min_px, mixing, augment)
-    images_per_step = batch_size if mixing is None else 2 * batch_size
+    if mixing and mixing.pairs == "batch" and batch_size < 2:
+        raise InputError("pairs from the batch need a batch size of at least 2")
+    images_per_step = 2 * batch_size if mixing and mixing.pairs == "stream" else batch_size
     keys = _TrainKeys(images, images_per_step, seed, range(start_step, stop_step))
     return read_batches(reader, keys, workers, pin_memory)
 
@@ -152,7 +157,10 @@ class _TrainReader:
         if self.mixing is None:
             tensors = [self._augmented(image, rng) for image, _, rng in samples]
             return Batch(torch.stack(tensors), *self._labels(samples), reports)
-        firsts, seconds = samples[0::2], samples[1::2]
+        if self.mixing.pairs == "stream":
+            firsts, seconds = samples[0::2], samples[1::2]
+        else:
+            firsts, seconds = samples, samples[1:] + samples[:1]
         tensors, ratios = [], []
         for i, ((first, _, rng), (second, _, _)) in enumerate(zip(firsts, seconds, strict=True)):
             mixed, ratio = self.mixing(first, second, i, rng)

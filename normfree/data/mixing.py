@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.config import InputError, MixPairs
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,18 @@ class Mixing:
 
     `mixup`, `cutmix`: α of the Beta(α, α) from which MixUp's ratio and the share outside CutMix's box are drawn; 0
     leaves that one out. With both, they take the images of a batch in turn, so that a part of a batch has both kinds;
-    one alone takes all.
-    Raises `InputError` if both are 0 or one is negative.
+    one alone takes all. `pairs`: whom the loader mixes an image with: "stream", the next one of the training stream,
+    so that two are read for each, as in the released code; "batch", the next one of its batch, so that one is read.
+    Raises `InputError` if both are 0 or one is negative, and for other `pairs`.
     """
 
     mixup: float = 0.2
     cutmix: float = 1.0
+    pairs: MixPairs = "stream"
 
     def __post_init__(self) -> None:
+        if self.pairs not in get_args(MixPairs):
+            raise InputError(f"pairs is {self.pairs!r}; it must be {' or '.join(get_args(MixPairs))}")
         if min(self.mixup, self.cutmix) < 0 or not (self.mixup or self.cutmix):
             raise InputError(f"{self}: both are at least 0 and one is more; without mixing, leave it out")
 

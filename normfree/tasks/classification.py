@@ -103,7 +103,7 @@ class Classification:
             workers=self.workers if workers is None else workers,
             channels=self.info.in_channels,
             min_px=transform.min_px,
-            mixing=Mixing(data.mixup, data.cutmix) if data.mixup or data.cutmix else None,
+            mixing=Mixing(data.mixup, data.cutmix, data.mix_pairs) if data.mixup or data.cutmix else None,
             augment=RandAugment(layers, magnitude, data.randaugment_style) if layers else None,
             pin_memory=self.device.type == "cuda",
         )
