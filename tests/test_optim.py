@@ -1,5 +1,6 @@
 """AGC, SGD_AGC, EMA, groups and schedule against slow references."""
 
+import copy
 import math
 
 import pytest
@@ -191,7 +192,7 @@ def test_param_groups_of_other_models():
     groups = param_groups(model, classifier=model[2])
     assert groups[-1]["params"] == [model[2].weight]  # a head of one class is a weight all the same
     assert groups[-1]["clipping"] is None
-    assert all(g["clipping"] == 0.01 for g in param_groups(model, classifier=None))
+    assert all("clipping" not in g for g in param_groups(model, classifier=None))
     with pytest.raises(InputError, match="no layer of the model"):
         param_groups(model, classifier=nn.Linear(4, 1))
     model[0].requires_grad_(False)
@@ -272,3 +273,94 @@ def test_clipping_keeps_a_high_learning_rate_stable():
     assert loss_after(0.01) < 3.0
     unclipped = loss_after(None)
     assert math.isnan(unclipped) or unclipped > 10.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["rows", "bag", "vector", "elements"])
+def test_sparse_gradients_are_those_of_torch_sgd(kind, momentum):
+    """Rows that were looked up move, in each of three steps others; earlier ones go on by their momentum."""
+    torch.manual_seed(0)
+    make = nn.EmbeddingBag if kind == "bag" else nn.Embedding
+    model = make(10, 1 if kind == "vector" else 4, sparse=True)
+    twin = copy.deepcopy(model)
+    options = dict(momentum=momentum, nesterov=momentum > 0, weight_decay=0.0)
+    optimizer = SGD_AGC(model.parameters(), lr=0.1, clipping=0.05, **options)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, **options)
+    ema = EMA(model, 0.9)
+    start, average = model.weight.detach().clone(), model.weight.detach().clone()
+    for step in range(3):
+        rows = torch.tensor([[7, 8, 8], [7, 7, 7], [2, 7, 2]][step])
+        for net in (model, twin):
+            net.zero_grad()
+            net(rows.view(1, -1)).square().sum().backward()
+            if kind == "elements":
+                net.weight.grad = net.weight.grad.to_dense().to_sparse()
+        adaptive_clip_grad_(twin.parameters(), 0.05)
+        optimizer.step(ema=ema, ema_step=step)
+        plain.step()
+        average.lerp_(twin.weight.detach(), 1 - ema.decay_at(step))
+        assert torch.allclose(model.weight, twin.weight, rtol=1e-6)
+        assert torch.allclose(ema.shadow["weight"], average, rtol=1e-6)
+        assert optimizer.stats.clipped.sum() > 0
+    moved = (model.weight != start).any(1)
+    assert moved.nonzero().flatten().tolist() == [2, 7, 8]
+
+
+def test_sparse_gradients_that_cannot_be_obeyed():
+    words, dense = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1).double()
+    optimizer = SGD_AGC([{"params": dense.parameters()}, {"params": words.parameters()}], lr=0.1)
+    before = copy.deepcopy([*words.parameters(), *dense.parameters()])
+    dense(words(torch.tensor([7, 8])).double()).sum().backward()
+    with pytest.raises(InputError, match="weight decay would move all rows"):
+        optimizer.step()
+    for p, old in zip((*words.parameters(), *dense.parameters()), before, strict=True):
+        assert torch.equal(p, old)  # nothing was done by halves
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    optimizer.step()
+    assert (words.weight != before[0]).any(1).nonzero().flatten().tolist() == [7, 8]
+    p = nn.Parameter(torch.ones(3, 2).to_sparse())
+    p.grad = torch.ones(3, 2).to_sparse()
+    for use in (lambda: adaptive_clip_grad_([p]), SGD_AGC([p], lr=0.1, weight_decay=0.0).step):
+        with pytest.raises(InputError, match=r"parameter of layout torch\.sparse_coo"):
+            use()
+
+
+def test_agc_before_sparse_adam():
+    words, twin = nn.Embedding(10, 4, sparse=True), nn.Embedding(10, 4, sparse=True)
+    twin.load_state_dict(words.state_dict())
+    optimizer, plain = torch.optim.SparseAdam(words.parameters()), torch.optim.SparseAdam(twin.parameters())
+    agc = AGC(optimizer, clipping=0.05)
+    for net in (words, twin):
+        (100 * net(torch.tensor([7, 8, 8]))).square().sum().backward()
+    adaptive_clip_grad_(twin.parameters(), 0.05)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(words.weight, twin.weight)
+    assert agc.stats.clipped.tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learning_rate_may_be_a_tensor(dtype):
+    ours, theirs = make(SHAPES, 1, dtype), make(SHAPES, 1, dtype)
+    rate = torch.tensor(0.5)
+    a, b = SGD_AGC(ours, lr=rate, weight_decay=0.1), SGD_AGC(theirs, lr=0.5, weight_decay=0.1)
+    for _ in range(2):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.ones_like(p)
+            q.grad = torch.ones_like(q)
+        a.step()
+        b.step()
+        rate.fill_(0.25)  # as schedulers change it
+        b.param_groups[0]["lr"] = 0.25
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_gradients_of_another_dtype():
+    """torch lets a gradient be kept in float32 where its parameter is in half precision."""
+    p, q = nn.Parameter(torch.ones(4, 3).bfloat16()), nn.Parameter(torch.ones(4, 3))
+    p.grad_dtype = torch.float32
+    for x in (p, q):
+        x.grad = torch.full((4, 3), 0.5)
+        SGD_AGC([x], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, clipping=0.125).step()
+    assert torch.equal(p, q.bfloat16())
+    assert (q < 1).all()

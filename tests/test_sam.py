@@ -120,6 +120,80 @@ def test_with_a_grad_scaler():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_no_ascent_along_what_is_not_finite(bad):
+    """The step is skipped, the scale goes down, and running statistics of a batch normalization stay finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for spoilt in ("0.weight", "0.bias", None):
+        sam.optimizer.zero_grad()
+        scaler.scale(loss(model)).backward()
+        if spoilt is not None:
+            model.get_parameter(spoilt).grad.view(-1)[-1] = bad
+        norm = sam.ascend()
+        assert norm.isfinite() == (spoilt is None)
+        climbed = not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert climbed == (spoilt is None)
+        assert all(p.isfinite().all() for p in model.parameters())
+        scaler.scale(loss(model)).backward()
+        if spoilt == "0.bias":
+            model[0].bias.grad = None  # then another one shows it
+        sam.restore()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        shown = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        assert shown == {"0.weight": ["0.weight"], "0.bias": ["0.weight"], None: []}[spoilt]
+        scale = scaler.get_scale()
+        scaler.step(sam.optimizer)
+        scaler.update()
+        stepped = not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert stepped == (spoilt is None)
+        assert scaler.get_scale() == (scale if spoilt is None else scale / 2)
+        assert model[1].running_mean.isfinite().all()
+        assert model[1].running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-18, 1e25])
+def test_ascent_of_any_gradient_is_as_long_as_rho(scale):
+    """Where there is one: of zeros there is none."""
+    p, idle = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.ones(2))
+    sam = SAM(torch.optim.SGD([p, idle], lr=0.1), rho=0.5)
+    p.grad = torch.full((3, 4), scale)
+    sam.ascend()
+    assert p.norm().item() == pytest.approx(0.5 if scale else 0.0)
+    assert torch.equal(idle, torch.ones(2))
+    p.grad = torch.ones(3, 4)
+    sam.restore()
+    assert torch.equal(p.grad, torch.ones(3, 4))
+    assert torch.equal(p, torch.zeros(3, 4))
+    still = SAM(torch.optim.SGD([p], lr=0.1), rho=0.0)
+    still.ascend()
+    assert torch.equal(p, torch.zeros(3, 4))
+
+
+def test_small_steps_in_float16():
+    """ρ / ‖g‖ of scaled gradients is below what float16 can hold."""
+    p = nn.Parameter(torch.zeros(40, 50, dtype=torch.float16))
+    sam = SAM(torch.optim.SGD([p], lr=0.1), rho=0.05)
+    p.grad = torch.full((40, 50), 5e4, dtype=torch.float16)
+    sam.ascend()
+    assert p.float().norm().item() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_sparse_gradients():
+    words, dense = nn.Embedding(9, 4, sparse=True), nn.Embedding(9, 4)
+    dense.load_state_dict(words.state_dict())
+    for net in (words, dense):
+
+        def backward(net=net):
+            net(torch.tensor([1, 2, 2, 5])).pow(3).sum().backward()
+
+        SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.3).step(backward, backward)
+    assert torch.allclose(words.weight, dense.weight, rtol=1e-6)
+
+
 def test_wrong_order_and_ranges():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -84,8 +84,8 @@ def build(args: argparse.Namespace, train_set: ImageSet) -> tuple[nn.Module, SGD
         model = convert_to_nf(model, prepare(first.images, MEAN, STD, CPU))
     model = model.to(memory_format=torch.channels_last)
     groups = param_groups(model, args.weight_decay, args.clipping, classifier=model.fc)
-    # Without clipping this is torch.optim.SGD with Nesterov momentum.
-    return model, SGD_AGC(groups, lr=0.0, momentum=args.momentum, clipping=None)
+    # Where args.clipping is None this is torch.optim.SGD with Nesterov momentum.
+    return model, SGD_AGC(groups, lr=0.0, momentum=args.momentum)
 
 
 def train_step(model: nn.Module, optimizer: SGD_AGC, batch: Batch, lr: float, label_smoothing: float) -> float:

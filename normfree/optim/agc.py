@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,23 @@ from torch import Tensor
 
 from normfree.config import InputError
 from normfree.native import library
+from normfree.optim.groups import (
+    CLIPPING_KEYS,
+    Default,
+    Units,
+    as_groups,
+    check_clipping,
+    check_given,
+    check_names,
+    keep_missing,
+    plain,
+)
 from normfree.optim.sweep import Item, sweep
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 MIN_GRADIENT_NORM = 1e-6  # in the divisor only, as in the released code
-Units = Literal["channel", "tensor"]
 
 
 def is_vector(parameter: Tensor) -> bool:
@@ -166,6 +176,12 @@ def piece_of(p: Tensor, units: Units = "channel", transposed: int = 0) -> Piece:
     total = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
     if is_sharded(p):
         return _shard(p, whole, transposed, total)
+    if p.layout != torch.strided or grad.layout not in (torch.strided, torch.sparse_coo):
+        raise InputError(f"a parameter of layout {p.layout} with a gradient of layout {grad.layout}: keep it dense")
+    if transposed and not whole and p.shape[0] % transposed:
+        raise InputError(f"{transposed} groups of a transposed convolution do not fit a weight of {tuple(p.shape)}")
+    if grad.is_sparse and grad.sparse_dim() > 1:
+        p.grad = grad = grad.to_dense()
     if grad.is_sparse:
         p.grad = grad = grad.coalesce()
         weight = p if whole else p.index_select(0, grad.indices()[0])
@@ -337,32 +353,13 @@ def make_stats(pieces: Sequence[Piece], found: Tensor) -> AGCStats:
     return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *found)
 
 
-def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
-    if clipping is not None and not (clipping > 0 and math.isfinite(clipping)):
-        raise InputError(f"clipping {clipping}: a positive number, or None to leave a group unclipped")
-    if not eps > 0:
-        raise InputError(f"eps {eps}: a positive number; the paper's is 1e-3")
-    if units not in get_args(Units):
-        raise InputError(f"units {units!r}: {' or '.join(get_args(Units))}")
-
-
-def as_groups(params_or_groups: Any) -> list[Mapping[str, Any]]:
-    """A tensor, tensors, or optimizer groups -> groups."""
-    if isinstance(params_or_groups, torch.nn.Module):
-        raise InputError("pass model.parameters(), or param_groups(model), not the model")
-    items = [params_or_groups] if isinstance(params_or_groups, Tensor) else list(params_or_groups)
-    if items and isinstance(items[0], Mapping):
-        return cast("list[Mapping[str, Any]]", items)
-    return [{"params": items}]
-
-
 @torch.no_grad()
 def adaptive_clip_grad_(
     params_or_groups: Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]],
-    clipping: float = 0.01,
-    eps: float = 1e-3,
+    clipping: float | None = Default(0.01),
+    eps: float = Default(1e-3),
     *,
-    units: Units = "channel",
+    units: Units | None = None,
     grad_scale: Tensor | None = None,
 ) -> AGCStats:
     """Clips the gradients of parameters in place, unit by unit, as `torch.nn.utils.clip_grad_norm_` does globally.
@@ -371,17 +368,18 @@ def adaptive_clip_grad_(
     parameters need it on all ranks at once.
 
     Args:
-        params_or_groups: parameters, or optimizer groups. A group's own `clipping` (None: left alone), `clip_eps`,
-            `units` and `transposed` win; `param_groups(model)` writes them by the roles of the layers, which
-            tensors alone do not tell: leaves the classifier weight out (paper 4.1) and finds transposed convolutions.
-            Parameters without a gradient are passed over.
+        params_or_groups: parameters, or optimizer groups, which may have their own `clipping` (None: left alone),
+            `clip_eps`, `units` and `transposed`; the arguments are for those that do not. `param_groups(model)` writes
+            groups by the roles of the layers, which tensors alone do not tell: leaves the classifier weight out
+            (paper 4.1) and finds transposed convolutions. Parameters without a gradient are passed over.
         clipping: λ > 0, the largest ratio of gradient norm to weight norm; 0.01 suits batches of 1024 to 4096.
         eps: ε > 0, the smallest weight norm that is believed, so that zero-initialised parameters can move.
-        units: "channel" as in the paper, or "tensor": one norm for each whole parameter.
+        units: "channel" as in the paper (the default), or "tensor": one norm for each whole parameter.
         grad_scale: tensor (), what gradients have been multiplied by (loss scaling) and stay multiplied by.
 
     Raises:
-        InputError: λ, ε or units out of range; complex parameters; flat parameters of FSDP1.
+        InputError: λ, ε or units out of range, or given though all groups have others of their own; a misspelt key in
+            a group; complex parameters; flat parameters of FSDP1; sparse parameters (gradients may be).
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -391,15 +389,24 @@ def adaptive_clip_grad_(
     """
     pieces: list[Piece] = []
     found: list[Tensor] = []
-    for group in as_groups(params_or_groups):
-        own = group.get("clipping", clipping), group.get("clip_eps", eps), group.get("units", units)
-        check_clipping(*own)
-        if own[0] is not None:
+    groups = as_groups(params_or_groups)
+    settings = _settle(groups, clipping, eps, units)
+    for group in groups:
+        check_names(frozenset(group))
+        clip, least, cut = (group.get(name, value) for name, value in settings.items())
+        check_clipping(clip, least, cut)
+        if clip is not None:
             transposed = group.get("transposed", 0)
-            members = [piece_of(p, own[2], transposed) for p in group["params"] if p.grad is not None]
-            found.append(clip_pieces_(members, *own[:2], grad_scale))
+            members = [piece_of(p, cut, transposed) for p in group["params"] if p.grad is not None]
+            found.append(clip_pieces_(members, clip, least, grad_scale))
             pieces += members
     return make_stats(pieces, arrange(found, range(len(pieces))))
+
+
+def _settle(groups: Sequence[Mapping[str, Any]], clipping: float | None, eps: float, units: Units | None) -> dict:
+    """The settings of groups that do not say; an argument that was given must have one."""
+    check_given(groups, clipping=clipping, clip_eps=eps, **({"units": units} if units else {}))
+    return {"clipping": plain(clipping), "clip_eps": float(eps), "units": units or "channel"}
 
 
 class AGC:
@@ -415,21 +422,62 @@ class AGC:
         >>> agc.detach()                             # the optimizer as it was
 
     A group of the optimizer may carry its own `clipping`, None to be left alone (`param_groups` writes them); others
-    get the arguments as `clipping`, `clip_eps` and `units`, which the optimizer's `state_dict` keeps. With a closure,
-    the gradients that it computes are clipped. A GradScaler may be used with every optimizer: those that unscale
-    gradients themselves have them clipped against the scaled limit.
+    get the arguments as `clipping`, `clip_eps` and `units`, which the optimizer's `state_dict` keeps. A state that was
+    written without them leaves them as they are. With a closure, the gradients that it computes are clipped. A
+    GradScaler may be used with every optimizer: those that unscale gradients themselves have them clipped against the
+    scaled limit. Copy or pickle the `AGC`, which holds the optimizer: torch's optimizers by themselves are copied
+    without what is attached to them.
+
+    Raises:
+        InputError: λ, ε or units out of range, or given though all groups have others of their own; a misspelt key in
+            a group; an optimizer that clips already.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, clipping: float = 0.01, eps: float = 1e-3, units: Units = "channel"
+        self,
+        optimizer: torch.optim.Optimizer,
+        clipping: float | None = Default(0.01),
+        eps: float = Default(1e-3),
+        units: Units | None = None,
     ):
-        check_clipping(clipping, eps, units)
+        settings = _settle(optimizer.param_groups, clipping, eps, units)
+        check_clipping(*settings.values())
         self.optimizer, self.stats = optimizer, AGCStats()
-        self.settings = {"clipping": clipping, "clip_eps": eps, "units": units}
-        self._added = [(group, key) for group in optimizer.param_groups for key in self.settings if key not in group]
-        for group, key in self._added:
-            group[key] = self.settings[key]
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._settings = settings
+        self._added: list[tuple[int, str]] = []  # which keys are ours, in groups by number: loading replaces groups
+        self._fill()
+        self._attach()
+
+    def _attach(self) -> None:
+        hooks = self.optimizer._optimizer_step_pre_hooks.values()
+        if "clip_eps" in self.optimizer.defaults or any(isinstance(getattr(h, "__self__", None), AGC) for h in hooks):
+            raise InputError(
+                f"this {type(self.optimizer).__name__} clips already; detach() the AGC it has, if it has one"
+            )
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_load_state_dict_pre_hook(self._before_load),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()
+
+    def _fill(self) -> None:
+        """Groups get the settings that they do not have; some may have come with `add_param_group`."""
+        groups = self.optimizer.param_groups
+        for group in groups:
+            check_names(frozenset(group).difference(self.optimizer.defaults))
+        for number, group in enumerate(groups):
+            added = [key for key in self._settings if key not in group]
+            group.update((key, self._settings[key]) for key in added)
+            self._added += [(number, key) for key in added]
+
+    def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"param_groups": keep_missing(state["param_groups"], optimizer.param_groups, CLIPPING_KEYS)}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         arguments = args[1:] if args and args[0] is optimizer else args
@@ -448,12 +496,15 @@ class AGC:
         return (*args[: len(args) - len(arguments)], clipped_closure, *arguments[1:]), kwargs
 
     def _clip(self) -> None:
-        groups = [self.settings | group for group in self.optimizer.param_groups]
+        self._fill()
         scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
+        keys = ("params", *CLIPPING_KEYS)
+        groups = [{key: group[key] for key in keys if key in group} for group in self.optimizer.param_groups]
         self.stats = adaptive_clip_grad_(groups, grad_scale=scale)
 
     def detach(self) -> None:
         """Takes the clipping and its settings out of the optimizer."""
-        self._handle.remove()
-        for group, key in self._added:
-            group.pop(key, None)
+        for handle in self._handles:
+            handle.remove()
+        for number, key in self._added:
+            self.optimizer.param_groups[number].pop(key, None)

@@ -1,15 +1,101 @@
-"""Which parameter is decayed, and which is clipped."""
+"""Which parameter is decayed, and which is clipped; what optimizer groups may say of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import difflib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
 from normfree.config import InputError
 
+Units = Literal["channel", "tensor"]
+CLIPPING_KEYS = ("clipping", "clip_eps", "units", "transposed")
+_OTHER_WORDS = {"clip": "clipping", "clip_factor": "clipping", "clipping_factor": "clipping"}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Default(float):
+    """A number as the default of an argument, told from the same number where the user gave it."""
+
+
+def plain(value: float | None) -> float | None:
+    """The number alone, as it goes into groups and files."""
+    return float(value) if isinstance(value, Default) else value
+
+
+def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
+    if clipping is not None and not (clipping > 0 and math.isfinite(clipping)):
+        raise InputError(f"clipping {clipping}: a positive number, or None to leave a group unclipped")
+    if not eps > 0:
+        raise InputError(f"eps {eps}: a positive number; the paper's is 1e-3")
+    if units not in get_args(Units):
+        raise InputError(f"units {units!r}: {' or '.join(get_args(Units))}")
+
+
+@lru_cache
+def check_names(names: frozenset[str], ours: tuple[str, ...] = CLIPPING_KEYS) -> None:
+    """InputError for a group's key that is close to one of `ours`: a misspelt option would do nothing.
+
+    Others pass: users and schedulers keep names, initial rates and more in groups.
+    """
+    for name in names.difference(ours):
+        close = difflib.get_close_matches(name.lower(), ours, n=1, cutoff=0.85) or [_OTHER_WORDS.get(name)]
+        if close[0]:
+            raise InputError(f"a parameter group has the key {name!r}; did you mean {close[0]!r}?")
+
+
+def check_given(groups: Collection[Mapping[str, Any]], **given: Any) -> None:
+    """InputError for an argument that no group would take, since each has a value of its own.
+
+    Exemption (clipping None) and no decay of vectors are roles, which contradict nothing.
+    """
+    for name, value in given.items():
+        if isinstance(value, Default):
+            continue
+        own = [group[name] for group in groups if name in group and not _is_role(name, group)]
+        silent = any(name not in group for group in groups)
+        exempt = name == "clipping" and value is not None and not own
+        if not silent and groups and (exempt or any(other != value for other in own)):
+            said = "None, which exempts them" if exempt else " and ".join(str(other) for other in dict.fromkeys(own))
+            raise InputError(
+                f"{name} {value} would do nothing: all parameter groups have a {name} of their own, {said}; "
+                "give it in one place"
+            )
+
+
+def _is_role(name: str, group: Mapping[str, Any]) -> bool:
+    if name == "weight_decay":  # torch's optimizers take parameters with names, too
+        return group[name] == 0 and all(_is_gain(p[1] if isinstance(p, tuple) else p) for p in group["params"])
+    return name == "clipping" and group[name] is None
+
+
+def keep_missing(
+    saved: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]], keys: Iterable[str]
+) -> list[dict[str, Any]]:
+    """The groups of a saved state with those of `keys` that it lacks, from the groups that it is to replace."""
+    if len(saved) != len(own):
+        return list(saved)  # which torch refuses
+    return [{key: mine[key] for key in keys if key in mine} | group for group, mine in zip(saved, own, strict=True)]
+
+
+def as_groups(params_or_groups: Any) -> list[dict[str, Any]]:
+    """A tensor, tensors, or optimizer groups -> groups, which are new dictionaries with lists of parameters."""
+    if isinstance(params_or_groups, nn.Module):
+        raise InputError("pass model.parameters(), or param_groups(model), not the model")
+    items = [params_or_groups] if isinstance(params_or_groups, Tensor) else list(params_or_groups)
+    if not items and isinstance(params_or_groups, Iterator):
+        raise InputError("there are no parameters: model.parameters() can be gone through once, so call it again")
+    if not items or not isinstance(items[0], Mapping):
+        return [{"params": items}]
+    groups = []
+    for group in cast("list[Mapping[str, Any]]", items):
+        params = group["params"]
+        groups.append({**group, "params": [params] if isinstance(params, Tensor) else list(params)})
+    return groups
 
 
 def _is_gain(p: Tensor) -> bool:
@@ -19,10 +105,10 @@ def _is_gain(p: Tensor) -> bool:
 
 def param_groups(
     model: nn.Module,
-    weight_decay: float = 2e-5,
-    clipping: float | None = 0.01,
+    weight_decay: float | Literal["optimizer"] = "optimizer",
+    clipping: float | Literal["optimizer"] | None = "optimizer",
     classifier: nn.Module | Literal["auto"] | None = "auto",
-    exempt: Sequence[nn.Module] = (),
+    exempt: nn.Module | Sequence[nn.Module] = (),
 ) -> list[dict[str, Any]]:
     """The three groups of the released code (experiment_nfnets.py), for `SGD_AGC`, `AGC` and any torch optimizer.
 
@@ -31,18 +117,28 @@ def param_groups(
     - all other weights: clipped and decayed; those of transposed convolutions in groups of their own, which say
       `transposed`, since their output channels are not dimension 0
 
-    Every trainable parameter is in exactly one group; groups that would be empty are left out.
+    Every trainable parameter is in exactly one group; groups that would be empty are left out. They say what follows
+    from roles, `clipping: None` and `weight_decay: 0.0`, and no more than that: the rest is the optimizer's.
 
     Args:
+        weight_decay: at least 0, of what is decayed; "optimizer": what the optimizer's own argument says.
+        clipping: λ > 0 of what is clipped, or None to clip nothing; "optimizer": what the own argument of `SGD_AGC`,
+            `AGC` or `adaptive_clip_grad_` says. Given in both places, the two must be equal.
         classifier: the last linear layer. "auto" asks `model.get_classifier()`, as networks of ours and timm's offer;
             None clips everything.
         exempt: modules of which nothing is clipped, what is inside them included (a stem, normalization layers).
 
     Raises:
-        InputError: "auto" and the model does not say; a classifier or an exempt module that is no layer of `model`, or
-            has nothing to train.
+        InputError: "auto" and the model does not say; a classifier or an exempt module that is no layer of `model`, a
+            classifier without a weight, an exempt module with nothing to train; numbers out of range.
     """
-    if classifier == "auto":
+    if not isinstance(model, nn.Module):
+        raise InputError(f"param_groups takes the model, which knows the roles of its parameters, not {type(model)}")
+    if weight_decay != "optimizer" and not 0 <= weight_decay < math.inf:
+        raise InputError(f"weight_decay {weight_decay}: a number of at least 0")
+    if clipping != "optimizer":
+        check_clipping(clipping, 1.0)
+    if asked := classifier == "auto":
         ask = getattr(model, "get_classifier", None)
         if ask is None:
             raise InputError(
@@ -54,7 +150,9 @@ def param_groups(
     if classifier is not None and classifier not in modules:
         raise InputError("the classifier given is no layer of the model")
     unclipped = set() if classifier is None else {p for p in classifier.parameters() if not _is_gain(p)}
-    for module in exempt:
+    if classifier is not None and not (unclipped or asked):
+        raise InputError(f"the classifier given, {type(classifier).__name__}, has no weight")
+    for module in [exempt] if isinstance(exempt, nn.Module) else exempt:
         inside = {p for p in module.parameters() if p.requires_grad}
         if module not in modules or not inside:
             what = "is no layer of the model" if module not in modules else "has nothing to train"
@@ -68,8 +166,9 @@ def param_groups(
         vector, left_alone = _is_gain(p), p in unclipped
         groups.setdefault((left_alone, vector, transposed.get(p, 0)), []).append(p)
     assert sum(map(len, groups.values())) == len(trainable)
-    return [
-        dict(params=params, weight_decay=0.0 if vector else weight_decay, clipping=None if left_alone else clipping)
-        | ({"transposed": convs} if convs else {})
-        for (left_alone, vector, convs), params in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    result = []
+    for (left_alone, vector, convs), params in sorted(groups.items(), key=lambda item: item[0]):
+        says = {"weight_decay": 0.0 if vector else weight_decay, "clipping": None if left_alone else clipping}
+        group = {"params": params} | {name: value for name, value in says.items() if value != "optimizer"}
+        result.append(group | ({"transposed": convs} if convs else {}))
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,24 @@ def ascent_size(batch_size: int, fraction: float = 0.2) -> int:
     return max(1, math.ceil(fraction * batch_size))
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors together, of sharded ones over all their shards; scalar, float32 at least."""
+def own_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Euclidean norm of what this rank has of each; scalars, float32 at least, on the first one's device."""
+    norms = [torch.linalg.vector_norm(local(t), dtype=wide(t.dtype)).to(tensors[0].device) for t in tensors]
+    if norms[0].device.type == "cpu" and not torch.stack(norms).isfinite().all():
+        # Squares may have overflowed where norms do not. Elsewhere than on a CPU asking would make the host wait.
+        norms = [torch.linalg.vector_norm(local(t).double()).to(norms[0].device) for t in tensors]
+    return norms
+
+
+def global_norm(tensors: list[Tensor], norms: list[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together, of sharded ones over all their shards, from `own_norms`; a scalar."""
     kinds: dict[tuple, list[Tensor]] = {}
-    for t in tensors:
-        kinds.setdefault(_shard_groups(t) if is_sharded(t) else (), []).append(local(t))
-    total = torch.zeros((), device=tensors[0].device)
+    for t, norm in zip(tensors, norms, strict=True):
+        kinds.setdefault(_shard_groups(t) if is_sharded(t) else (), []).append(norm)
+    total = torch.zeros((), device=norms[0].device)
     for groups, parts in kinds.items():
-        norms = [torch.linalg.vector_norm(part, dtype=wide(part.dtype)) for part in parts]
-        square = torch.stack(norms).square().sum()
+        together = torch.stack(parts)
+        square = (together.double() if together.device.type == "cpu" else together).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
@@ -55,7 +64,9 @@ class SAM:
 
     Works with any optimizer and with AGC, which clips the second gradient. Micro-batches: accumulate gradients before
     `ascend`, and again before `restore`. A GradScaler needs nothing: scale both losses, `scaler.step(optimizer)`; the
-    ascent does not depend on the scale, and an overflow in either gradient makes the step be skipped. DDP: compute the
+    ascent does not depend on the scale, and an overflow in either gradient makes the step be skipped: there is no
+    ascent along a gradient that is not finite, and `restore` puts a NaN into the second gradient of each parameter
+    whose first one was not. DDP: compute the
     first gradient under `model.no_sync()`, so that every rank climbs by its own, which the paper found best. FSDP2
     shards gradients as it averages them, so there all ranks climb by the same.
 
@@ -72,6 +83,7 @@ class SAM:
             raise InputError(f"rho {rho}: a number of at least 0; the paper's is 0.05")
         self.optimizer, self.rho = optimizer, rho
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._spoilt: list[tuple[Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -86,22 +98,34 @@ class SAM:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             raise InputError("ascend() needs gradients: call backward() before")
-        norm = global_norm([p.grad for p in params])
-        for p in params:
-            own = local(p)
+        grads = [cast(Tensor, p.grad).to_dense() if p.grad.is_sparse else p.grad for p in params]
+        norms = own_norms(grads)
+        norm = global_norm(grads, norms)
+        climbs = norm.isfinite() & (norm > 0)
+        factor = self.rho / norm
+        for p, grad, own_norm in zip(params, grads, norms, strict=True):
+            own, g = local(p), local(grad)
             self._kept.append((own, own.clone()))
-            own.add_((local(p.grad) * (self.rho / norm.clamp(min=1e-12))).to(own.dtype))
+            self._spoilt.append((p, own_norm * 0))  # 0, or NaN of what is not finite
+            uphill = g.to(wide(g.dtype) or g.dtype) * factor.to(g.device)
+            own.add_(torch.where(climbs.to(g.device), uphill, 0.0).to(own.dtype))
             p.grad = None
         return norm
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the parameters back to the same bits."""
+        """Puts the parameters back to the same bits; gradients show where the first ones were not finite."""
         if not self._kept:
             raise InputError("restore() needs ascend() before")
         for own, kept in self._kept:
             own.copy_(kept)
-        self._kept = []
+        shown = [(p, spoilt) for p, spoilt in self._spoilt if p.grad is not None]
+        if shown:
+            hidden = [spoilt for p, spoilt in self._spoilt if p.grad is None]  # shown by another parameter
+            shown[0] = shown[0][0], torch.stack([shown[0][1], *hidden]).sum()
+            firsts = [_first(p.grad) for p, _ in shown]
+            torch._foreach_add_(firsts, [s.to(f.device, f.dtype) for (_, s), f in zip(shown, firsts, strict=True)])
+        self._kept, self._spoilt = [], []
 
     def step(self, ascent: Callable[[], Any], descent: Callable[[], Any]) -> Any:
         """All of it: the two closures compute a loss and its gradient, on a part of the batch and on the whole.
@@ -117,3 +141,10 @@ class SAM:
             self.restore()
         self.optimizer.step()
         return loss
+
+
+def _first(grad: Any) -> Tensor:
+    """A view of the first element of what this rank has of a gradient; of nothing where there is none."""
+    own = local(grad)
+    own = own._values() if own.is_sparse else own
+    return own[(slice(0, 1),) * own.ndim]

@@ -52,7 +52,8 @@ class Item:
             if p.ndim == 4
             else p.ndim == 5 and p.is_contiguous(memory_format=torch.channels_last_3d)
         )
-        return p.numel() == 0 or (dense and all(t.stride() == p.stride() for t in tensors))
+        same = all(t.shape == p.shape and t.stride() == p.stride() for t in tensors)
+        return same and dense if p.numel() else True
 
 
 def sweep(items: Sequence[Item]) -> Tensor:
