@@ -139,10 +139,10 @@ class DataConfig:
     """The images."""
 
     path: Annotated[str, Positional, arg(metavar="DATA")] = "mnist5k"
-    """An image folder (CLASS/*.jpg, or train/CLASS and validation/CLASS), tar shards, Parquet, hf://datasets/OWNER/NAME,
-    or a name such as `mnist5k` or `cifar10`; see docs/data.md."""
+    """An image folder (CLASS/*.jpg, or train/CLASS and validation/CLASS), a CSV file of paths and labels, tar shards,
+    Parquet, hf://datasets/OWNER/NAME, or a name such as `mnist5k` or `cifar10`; see docs/data.md."""
     validation_fraction: float = 0.1
-    """Share of each class to hold out where the folder has no validation split of its own."""
+    """About the share of each class to hold out where the data has no validation images of its own."""
     train_px: int | None = None
     """Side of the training images in pixels; None: the network's."""
     eval_px: int | None = None

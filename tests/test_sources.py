@@ -467,6 +467,10 @@ def test_parts_of_which_none_is_to_train_on() -> None:
     parts = named_parts(["test", "Val"], lambda name: ArrayImages)  # type: ignore
     assert parts.train is None
     assert (parts.validation is not None, parts.test, parts.whole) == (True, False, True)
+    read = {"Extra": 1, "dev": 2, "Validation": 3, "TRAINING": 4}
+    parts = named_parts(read, read.get)  # type: ignore
+    assert (parts.train(), parts.validation(), parts.whole) == (4, 3, False)  # type: ignore
+    assert named_parts(["Extra", "test"], read.get).train() == 1  # type: ignore
 
 
 def test_class_folders_that_hold_the_same_folders(tmp_path: Path) -> None:
@@ -865,7 +869,6 @@ def test_complaints_about_the_folder(tmp_path: Path) -> None:
         (("shards/0.tar",), "", "shards"),
         (("deep/lists/labels.csv",), "", "deep/lists"),
         (("two/red/0.png", "two/red/1.png", "two/green/0.png"), "two/red", "two"),
-        (("train/images/red/0.png", "train/images/green/0.png", "val/images/red/1.png"), "", "train/images"),
     ],
 )
 def test_what_is_wrong_by_a_level_is_named(files: tuple[str, ...], given: str, meant: str, tmp_path: Path) -> None:
@@ -874,10 +877,15 @@ def test_what_is_wrong_by_a_level_is_named(files: tuple[str, ...], given: str, m
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("path,label\n")
     complaint(open_dataset, str(tmp_path / given), match=f"; did you mean {tmp_path / meant}\\?$")
-    if given or "train" not in meant + "".join(files):
+    if "train" not in "".join(files):
         complaint(
             open_evaluation, str(tmp_path / given), ["red", "green"], match=f"did you mean {tmp_path / meant}\\?$"
         )
+
+
+def test_a_level_too_many_in_the_parts_is_named(tmp_path: Path) -> None:
+    plant(tmp_path, "train/images/red/0.png", "train/images/green/0.png", "val/images/red/1.png")
+    complaint(open_dataset, str(tmp_path), match=f"one class only.*; move the folders of {tmp_path}/train/images into it$")
 
 
 def test_nothing_is_suggested_where_nothing_would_work(tmp_path: Path) -> None:

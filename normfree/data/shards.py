@@ -111,7 +111,7 @@ def check_roles(names: Iterable[str], where: str) -> dict[str, str]:
 def named_parts(splits: Iterable[str], read: Callable[[str], ImageSet]) -> Parts:
     """The training and the validation part among splits by their names, usual ones first; `read(name)` reads one."""
     names = list(splits)
-    by_role = {role_of(name): name for name in sorted(names, key=lambda n: [*_ROLE_OF, n].index(n.casefold()))[::-1]}
+    by_role = {_ROLE_OF[w]: name for w in reversed(_ROLE_OF) for name in names if name.strip().casefold() == w}
     held = by_role.get("validation") or by_role.get("test")
     train = by_role.get("train") or next((name for name in names if not role_of(name)), None)
     readers = (partial(read, name) if name else None for name in (train, held))

@@ -49,11 +49,11 @@ def open_dataset(spec: str, *, validation_fraction: float = 0.1, seed: int = 0) 
     parts = _parts(spec)
     if parts.train is None:
         raise InputError(f"{spec} has images to validate on but none to train on; add train/CLASS/IMAGE files")
-    train = _nonempty(parts.train(), spec, "training")
+    train = _nonempty(parts.train(), spec, "training ")
     _check_trainable(train, spec, parts.folder)
     notes = list(train.notes)
     if parts.validation is not None:
-        validation = _nonempty(parts.validation(), spec, "validation")
+        validation = _nonempty(parts.validation(), spec, "validation ")
         validation = _onto_classes(validation, train.class_names, "training images")
         notes += [note for note in validation.notes if note not in notes]
         notes += ["its test images serve for validation: the best weights are chosen by them"] if parts.test else []
@@ -78,7 +78,7 @@ def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | 
     """
     parts = _parts(spec)
     if parts.validation is not None:
-        images = _nonempty(parts.validation(), spec, "validation")
+        images = _nonempty(parts.validation(), spec, "validation ")
     elif parts.train is not None and held_out is not None:
         _check_share(held_out, "held-out")
         images = hold_out(parts.train(), held_out, seed, parts.prefix)[1]
@@ -195,14 +195,13 @@ def _parts(spec: str) -> Parts:
 def _folder_parts(root: Path) -> Parts:
     """Class folders, alone or in folders for training and validation; else what label lists beside images say."""
     names = _subfolders(root)
-    by_role = {role_of(name): name for name in names}
+    inside = {name: len(_subfolders(root / name)) for name in names if role_of(name)}
     # "train" may be a class beside "bus" and "car": it is a part of the data if it has folders itself.
     split = bool(names) and (
-        None not in by_role or any(map(_subfolders, (root / name for name in names if role_of(name) == "train")))
+        len(inside) == len(names) or any(inside[name] for name in inside if role_of(name) == "train")
     )
-    nested = any(len(_subfolders(root / name)) > 1 for name in names if role_of(name))
     lists = _lists(root)
-    if lists and not (nested if split else len(names) > 1):
+    if lists and (max(inside.values()) if split else len(names)) < 2:
         return list_parts(lists)
     notes = [f"the class folders count, and not {os.path.basename(file)}: to go by that give {file}" for file in lists]
     notes += [f"{folder.name} is left out: it holds training runs" for folder in _folders(root) if _holds_runs(folder)]
@@ -211,7 +210,7 @@ def _folder_parts(root: Path) -> Parts:
     roles = check_roles(names, str(root))
     others = [name for name in names if role_of(name) is None]
     notes += [f"{name} is neither for training nor for validation: left out" for name in others[:3]]
-    if "test" in roles and roles.keys() != {"test"} and not _subfolders(root / roles["test"]):
+    if roles.keys() == {"train", "test"} and not inside[roles["test"]]:
         notes += [f"{roles.pop('test')} is left out: it has no class folders"]
     train, held = roles.get("train"), roles.get("validation") or roles.get("test")
     return Parts(
@@ -239,7 +238,7 @@ def _check_share(share: float, name: str) -> None:
 
 def _nonempty(images: ImageSet, spec: str, kind: str) -> ImageSet:
     if not len(images):
-        raise InputError(f"{spec} has no {kind} images; add some, or leave that part of it out".replace("  ", " "))
+        raise InputError(f"{spec} has no {kind}images; add some, or leave that part of it out")
     return images
 
 
@@ -374,9 +373,9 @@ def _suggest(folder: Path) -> str:
         return f"; unpack {packed[0]}"
     below = [folder]
     for place in below:  # grows: breadth first
-        depth = len(place.parts) - len(folder.parts)
         if place != folder and _looks_right(place):
-            return f"; did you mean {place}?"
+            return f"; move the folders of {place} into it" if role_of(folder.name) else f"; did you mean {place}?"
+        depth = len(place.parts) - len(folder.parts)
         below += _folders(place)[:50] if depth < 3 and len(below) < 500 else []
     return f"; did you mean {folder.parent}?" if _has_images(folder) and _looks_right(folder.parent) else ""
 

@@ -23,19 +23,7 @@ LIST_SUFFIXES = (".csv", ".tsv")
 
 _OPTIONS = ("image", "label", "config")
 _NAMES = {  # that columns go by, the usual ones first
-    "image": (
-        "image",
-        "path",
-        "file",
-        "filename",
-        "filepath",
-        "image_path",
-        "image_name",
-        "image_id",
-        "img",
-        "jpg",
-        "id",
-    ),
+    "image": ("image", "path", "file", "filename", "filepath", "image_path", "image_name", "image_id", "img"),
     "label": ("label", "labels", "class", "cls", "target", "category", "label_name", "class_name"),
     "split": ("split", "set", "subset", "partition"),
 }
@@ -119,10 +107,10 @@ def list_parts(files: Sequence[str], query: str = "") -> Parts:
     groups = {part: names for part, names in groups.items() if role_of(part)} or groups
     if len(files) > 1 or _column("split", next(_rows(files[0]), []), {}) is None:
         return named_parts(
-            groups, lambda part: _listed([r for f in groups[part] for r in _read_list(f, options, root)], root)
+            groups, lambda part: _listed([row for file in groups[part] for row in _read_list(file, options)], root)
         )
     by_part: dict[str, list[_Row]] = {}
-    for row in _read_list(files[0], options, root):
+    for row in _read_list(files[0], options):
         by_part.setdefault(row.part, []).append(row)
     return named_parts(by_part, lambda part: _listed(by_part[part], root))
 
@@ -161,8 +149,8 @@ def _column(what: str, header: Sequence[str], options: dict[str, str]) -> int | 
     return next((plain.index(name) for name in _NAMES[what] if name in plain), None)
 
 
-def _read_list(file: str, options: dict[str, str], root: str) -> list[_Row]:
-    """What a list says, paths below `root`. InputError where columns, labels or files are missing."""
+def _read_list(file: str, options: dict[str, str]) -> list[_Row]:
+    """What a list says. InputError where columns, labels or files are missing."""
     header, *rows = list(_rows(file)) or [[]]
     columns = [_column(what, header, options) for what in _NAMES]
     for what, column in zip(("image", "label"), columns, strict=False):
@@ -171,14 +159,14 @@ def _read_list(file: str, options: dict[str, str], root: str) -> list[_Row]:
     if not rows:
         raise InputError(f"{file} lists no images: it needs a row for each, under its header")
     found, missing = [], []
-    place = ending = None
+    place, ending = "", None
     for row in rows:
         path, label, part = ("" if c is None or c >= len(row) else row[c] for c in columns)
         part, label = part if columns[2] is None else role_of(part), label.strip()
         if not path or not label or part is None:
             needs = "a path and a label" + (", and a split, train, validation or test" if part is None else "")
             raise InputError(f"{file}: a row needs {needs}: {','.join(row)[:100]!r}")
-        if place is None or ending is None:
+        if ending is None:
             place, ending = _place(file, path)
         path = os.path.join(place, path + ending)
         if not os.path.isfile(path):
@@ -251,7 +239,7 @@ def _choose(what: str, table: Any, options: dict[str, str], sure: set[str], poss
         [name for name in of(sure | possible) if name == options[what]] if what in options else of(sure) or of(possible)
     )
     if len(found) > 1:
-        found = [name for name in _NAMES[what] if name in found][:1]
+        found = [column for name in _NAMES[what] for column in found if column.lower() == name][:1]
     if not found:
         columns = ", ".join(f"{name} ({_type(feature)})" for name, feature in table.features.items())
         raise InputError(f"which column is the {what}? add ?{what}=COLUMN; there are {columns}")
