@@ -885,7 +885,9 @@ def test_what_is_wrong_by_a_level_is_named(files: tuple[str, ...], given: str, m
 
 def test_a_level_too_many_in_the_parts_is_named(tmp_path: Path) -> None:
     plant(tmp_path, "train/images/red/0.png", "train/images/green/0.png", "val/images/red/1.png")
-    complaint(open_dataset, str(tmp_path), match=f"one class only.*; move the folders of {tmp_path}/train/images into it$")
+    complaint(
+        open_dataset, str(tmp_path), match=f"one class only.*; move the folders of {tmp_path}/train/images into it$"
+    )
 
 
 def test_nothing_is_suggested_where_nothing_would_work(tmp_path: Path) -> None:
@@ -968,7 +970,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (4, 8),
     )
     assert open_evaluation(str(root), [strange]).targets == [0]
-    assert find_images([str(root / "train" / strange)])[1] == str(root / f"train/{strange}/{strange}.png")
+    assert find_images([str(root / "train" / strange)])[0][1] == str(root / f"train/{strange}/{strange}.png")
     pack(str(root), str(tmp_path / "shards"))
     assert [part.class_names for part in open_dataset(str(tmp_path / "shards"))] == [train.class_names] * 2
     (root / "labels.csv").write_bytes(b"path,label\ntrain/caf\xe9/caf\xe9.png,caf\xe9\ntrain/b/000.png,b\n")
