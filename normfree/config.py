@@ -116,7 +116,7 @@ class ModelConfig:
     in_channels: int = 3
     """3: images are read as RGB; 1: as grey."""
     init: str | None = None
-    """Weight file to start from (fine-tuning); a classifier of another size is left out."""
+    """Weight file or run folder to start from (fine-tuning); the classifier keeps the classes that it knows by name."""
     freeze: bool = False
     """Train the classifier only (linear probe)."""
 

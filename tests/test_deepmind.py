@@ -64,7 +64,7 @@ def write(path, tree, dump=dill.dumps):
     return path
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_pickle_made_with_dill_loads(tmp_path, protocol):
     torch.manual_seed(0)
     model = small("nfnet_f0", num_classes=5).eval()
@@ -103,6 +103,85 @@ def test_numpys_old_names_and_haikus_mappings(tmp_path):
     assert read_haiku(write(tmp_path / "ordered.npz", tree))["a"]["w"].sum() == 6
 
 
+class JaxArray:
+    """What a pickle of a JAX array holds: numpy's own spelling, and what JAX knows of its type."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce__(self):
+        rebuild, arguments, state = self.array.__reduce__()
+        return _reconstruct_array, (rebuild, arguments, state, {"weak_type": False, "named_shape": {}})
+
+
+def _reconstruct_array(*_):
+    raise AssertionError("this would be code of the file")
+
+
+def as_jax(value):
+    return {key: as_jax(item) for key, item in value.items()} if isinstance(value, dict) else JaxArray(value)
+
+
+def jax_pickle(tree):
+    own = f"c{__name__}\n_reconstruct_array\n".encode()
+    data = pickle.dumps(as_jax(tree), protocol=2)
+    assert own in data
+    return data.replace(own, b"cjax._src.array\n_reconstruct_array\n")
+
+
+def nested(tree):
+    """{"NFNet": {"~": {"stem_conv0": {"w": ...}}}}"""
+    found: dict = {}
+    for module, arrays in tree.items():
+        place = found
+        for part in module.split("/"):
+            place = place.setdefault(part, {})
+        place.update(arrays)
+    return found
+
+
+def other(tree):
+    return {module: {name: np.zeros_like(array) for name, array in arrays.items()} for module, arrays in tree.items()}
+
+
+def scalars(tree):
+    """What arithmetic makes of arrays without dimensions."""
+    return {
+        m: {n: array[()] if array.ndim == 0 else array for n, array in arrays.items()} for m, arrays in tree.items()
+    }
+
+
+FORMS = {
+    "scalars": lambda tree: pickle.dumps(scalars(tree)),
+    "scalars of numpy 1": lambda tree: pickle.dumps(scalars(tree), 2).replace(b"numpy._core.", b"numpy.core."),
+    "protocol 5": lambda tree: pickle.dumps(tree, 5),
+    "(params, state)": lambda tree: pickle.dumps((tree, {})),
+    "(params, state, count)": lambda tree: pickle.dumps((tree, {"NFNet/~/counter": {"n": np.int32(3)}}, 7)),
+    "params": lambda tree: pickle.dumps({"params": tree, "state": {}, "step": np.int64(9)}),
+    "the average": lambda tree: pickle.dumps({"_params": other(tree), "_opt": other(tree), "_ema_params": tree}),
+    "nested": lambda tree: pickle.dumps({"opt": {"mu": nested(other(tree))}, "params": nested(tree)}),
+    "jax": jax_pickle,
+    "jax, (params, state)": lambda tree: jax_pickle({"0": tree, "1": {}}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_same_numbers(form, tmp_path):
+    torch.manual_seed(0)
+    state = small("nfnet_f0", num_classes=5).state_dict()
+    tree = to_haiku(state, "nfnet")
+    assert any(array.ndim == 0 for arrays in tree.values() for array in arrays.values())
+    path = tmp_path / "x.npz"
+    path.write_bytes(FORMS[form](tree))
+    read = read_haiku(path)
+    assert read.keys() == tree.keys()
+    for module, arrays in tree.items():
+        assert read[module].keys() == arrays.keys()
+        assert all(np.array_equal(read[module][name], array) for name, array in arrays.items())
+    loaded = small("nfnet_f0", num_classes=5, weights=path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
 class Hostile:
     """Would leave a file behind if it were unpickled in good faith."""
 
@@ -113,7 +192,7 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("where", ["top", "module", "leaf", "inside an array"])
+@pytest.mark.parametrize("where", ["top", "module", "leaf", "inside an array", "beside", "in a tuple"])
 def test_nothing_runs(tmp_path, where):
     trap = tmp_path / "ran"
     bomb = Hostile(trap)
@@ -121,6 +200,8 @@ def test_nothing_runs(tmp_path, where):
         "top": bomb,
         "module": {"a": bomb},
         "leaf": {"a": {"w": bomb}},
+        "beside": {"params": {"a": {"w": np.ones(3, np.float32)}}, "step": bomb},
+        "in a tuple": ({"a": {"w": np.ones(3, np.float32)}}, (bomb,)),
         "inside an array": {"a": {"w": np.array([bomb], dtype=object)}},
     }[where]
     path = write(tmp_path / "x.npz", tree, pickle.dumps)
@@ -146,6 +227,13 @@ def test_what_is_no_weight_file(tmp_path):
     refuse(pickle.dumps([1, 2]), "no haiku weight file")
     refuse(pickle.dumps({"a": {"w": 1.0}}), "a/w is no array of floats")
     refuse(pickle.dumps({"a": {"w": np.array(["x"])}}), "a/w is no array of floats")
+    refuse(pickle.dumps({"a": {"w": np.array([1])}}), "a/w is no array of floats")
+    refuse(pickle.dumps({"NFNet/~/a": {"w": np.ones(3)}, "date": "2021"}), "date is no array of floats")
+    refuse(pickle.dumps(np.ones(3)), "no haiku weight file")
+    refuse(pickle.dumps(({}, [], None)), "no haiku weight file")
+    loop: dict = {}
+    loop["a"] = loop
+    refuse(pickle.dumps(loop), "no haiku weight file")
     refuse(dill.dumps({"a": lambda: 1}), "refused")
 
 

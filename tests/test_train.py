@@ -27,7 +27,7 @@ from normfree.config import (
 )
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.loop import Diverged, eval_steps
-from normfree.models import load
+from normfree.models import create_model, load, save
 from normfree.tasks.classification import evaluate_weights, resume, start
 
 
@@ -211,6 +211,26 @@ def test_fine_tuning_and_linear_probe(photos, tmp_path):
     before, after = load(weights).state_dict(), load(tmp_path / "probe" / "last.safetensors").state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"head.fc.weight", "head.fc.bias"}
+
+
+def test_what_is_taken_from_the_first_weights_is_said(photos, tmp_path, capsys):
+    """Classes by name, channels adapted; what is not used is named."""
+    model = create_model("nfnet_nano", 3, width=(16, 32, 32, 32), group_width=8)
+    assert model.info is not None
+    weights = tmp_path / "first.safetensors"
+    save(model, weights, replace(model.info, class_names=("red", "yellow", "green")))
+    run = small_run(photos, epochs=2)
+    run = replace(run, model=replace(run.model, init=str(weights), in_channels=1, activation="relu"))
+    start(run, tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("init ")]
+    assert said == [
+        f"init     unlike the network of {weights}: activation=relu",
+        "init     stem.conv0 is adapted from 3 to 1 channels, mean and deviation averaged",
+        "init     the classifier keeps its rows for 2 of 3 classes; new: blue; left out: yellow",
+    ]
+    info = load(tmp_path / "run" / "last.safetensors").info
+    assert info is not None
+    assert (info.class_names, info.in_channels, len(info.mean)) == (("blue", "green", "red"), 1, 1)
 
 
 def test_checkpoint_round_trip_and_pruning(tmp_path):

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import normfree
 from normfree.cli import main
 from normfree.config import InputError
+from normfree.deploy.predict import predict
 from normfree.layers import WSConv2d
 from normfree.models import convert_weights, create_model, from_weights
 from normfree.models.network import Network
@@ -368,6 +370,9 @@ def test_half_precision_files_start_a_run_in_float32(tmp_path):
     model = create_model("nfnet_nano", 7, weights=tmp_path / "x.safetensors")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert logits(model).shape == (2, 7)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
+    (row,) = predict(str(tmp_path / "x.safetensors"), [str(tmp_path / "x.png")], device="cpu")
+    assert len(row.top) == 1
 
 
 # --- the disk ---

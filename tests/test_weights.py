@@ -1,6 +1,8 @@
 """Weights in and out: timm's networks in both directions, conversion between all formats, hostile files."""
 
+import argparse
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,6 +175,23 @@ def test_training_checkpoints(old, tmp_path):
     content = {"state_dict": other, "state_dict_ema": {f"module.{key}": value for key, value in state.items()}}
     torch.save(content | {"epoch": 3}, path, _use_new_zipfile_serialization=not old)
     assert torch.equal(normfree.load(path).state_dict()["head.fc.weight"], state["head.fc.weight"])
+
+
+def test_checkpoints_of_timms_own_saver(tmp_path):
+    """With the options of its training script, which are an argparse.Namespace, and the average that it keeps."""
+    theirs, _ = theirs_and_file("nf_regnet_b0", tmp_path)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    average = timm.utils.ModelEmaV3(theirs, decay=0.5)
+    with torch.no_grad():
+        theirs.head.fc.weight.zero_()
+    options = argparse.Namespace(model="nf_regnet_b0", lr=0.1, output=Path("out"))
+    for ema in (None, average):
+        saver = timm.utils.CheckpointSaver(
+            theirs, optimizer, options, ema, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+        )
+        saver.save_checkpoint(0, metric=1.0)
+        weight = normfree.load(tmp_path / "last.pth.tar").state_dict()["head.fc.weight"]
+        assert torch.equal(weight, (theirs if ema is None else average.module).head.fc.weight)
 
 
 def test_another_number_of_classes_and_features(tmp_path):

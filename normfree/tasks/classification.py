@@ -413,7 +413,8 @@ def _train(
 ) -> Outcome:
     """The run, with what it is about to do before it and its classes after it, on standard error."""
     print(*(f"chosen   {line}" for line in chosen), describe(task, plan, folder), sep="\n", file=sys.stderr)
-    if not resume:
+    if not resume:  # its weights are its checkpoint's
+        print(*(f"init     {line}\n" for line in task.notes), sep="", end="", file=sys.stderr)
         print(f"time     about {duration(estimated_seconds(task, plan))}", file=sys.stderr)
     with working_in(folder):
         outcome = train(task, optimizer, ema, plan, task.run.machine, folder, task.run.seed, resume)
@@ -455,8 +456,7 @@ def describe(task: Classification, plan: Plan, folder: Path) -> str:
         + "".join(f"note     {line}\n" for line in task.train_set.notes)
         + f"network  {info.architecture}, {millions:.1f} M parameters, {info.train_px} px in training and "
         f"{info.eval_px} px in evaluation, {run.precision} on {task.device}\n"
-        + "".join(f"init     {line}\n" for line in task.notes)
-        + f"run      {epochs:.3g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
+        f"run      {epochs:.3g} epochs = {plan.total_steps} steps of {plan.batch_size} images, into {folder}"
     )
 
 
