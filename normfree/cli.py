@@ -66,9 +66,11 @@ class Train:
 
 def train(args: Sequence[str]) -> None:
     options: Train = parse(Train, "train", args)
+    from normfree.engine.distributed import keep_freed_memory
     from normfree.recipes.small import reasons_that_hold
     from normfree.tasks import classification
 
+    keep_freed_memory()
     if options.resume is not None:
         folder = Path(options.resume)
         if not (folder / "config.json").is_file():

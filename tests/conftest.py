@@ -1,9 +1,11 @@
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
@@ -12,6 +14,29 @@ from normfree import native
 # no deadlines, since machines are shared; in CI the same examples every time
 settings.register_profile("normfree", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("normfree")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.randomly_reset_seed = False  # of pytest-randomly, which is here for the order
+    native.library()  # compiled once, before there are workers; what is said if there are no kernels is said here
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not hang on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+pytest_runtest_call = pytest_runtest_setup
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"kernels {native.status()}")
+    if seed := config.getoption("randomly_seed", None):
+        terminalreporter.write_line(f"the same order: pytest --randomly-seed={seed}")
+
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 

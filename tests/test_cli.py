@@ -346,6 +346,22 @@ def capsys_clear(capsys):
     return capsys
 
 
+def test_only_the_command_changes_how_the_process_keeps_memory(photos, tmp_path, monkeypatch):
+    """It would hold for everything in the process of whoever calls functions of ours."""
+    from normfree.engine import distributed
+    from normfree.tasks import classification
+
+    calls = []
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(classification, "keep_freed_memory", distributed.keep_freed_memory, raising=False)
+    monkeypatch.setattr("normfree.engine.loop.keep_freed_memory", distributed.keep_freed_memory, raising=False)
+    quick = [*QUICK.replace("--epochs 2", "--epochs 0.2 --warmup-epochs 0").split(), "--out", str(tmp_path / "run")]
+    start = classification.start
+    monkeypatch.setattr(classification, "start", lambda *args: (calls.append("start"), start(*args))[1])
+    run("train", photos, *quick)
+    assert calls == [1, "start"]
+
+
 def test_options_of_the_configuration_are_unique():
     """They share one flat name space on the command line."""
     names = list(option_names(RunConfig))

@@ -313,7 +313,7 @@ def fake_mnist(folder: Path, packed: bool = False) -> dict[str, np.ndarray]:
 
 
 def test_every_name_has_its_class() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in DATASET_NAMES)
     assert DATASET_NAMES[0] == "mnist5k"
     for name, (cls, train, validation, content) in named._SETS.items():

@@ -213,7 +213,9 @@ def test_signals_are_left_to_the_main_process(number: signal.Signals) -> None:
         SlowImages(**vars(arrays())), TrainTransform(8), batch_size=5, seed=7, start_step=0, stop_step=6, workers=1
     )
     received = [next(batches)]
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    assert children
+    for child in children:
         assert child.pid is not None
         os.kill(child.pid, number)
     received += batches

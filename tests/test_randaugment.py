@@ -145,7 +145,7 @@ def test_contrast_keeps_the_mean_where_the_authors_does_not() -> None:
 
 def test_the_table_of_the_documentation() -> None:
     page = Path(__file__).parents[1] / "docs" / "augmentation.md"
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text(encoding="utf-8").splitlines()]
     table = {cells[0]: cells[2:] for cells in rows if len(cells) == 8}
     columns = [strengths(magnitude, style, 224, 224) for style in STYLES for magnitude in (5, 10, 15)]
     seen = []

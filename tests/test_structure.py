@@ -3,8 +3,11 @@
 import ast
 import doctest
 import importlib
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ ALONE = {"optim": "models", "weights": "models", "data": "models", "models": "op
 def imported(path: Path) -> set[str]:
     """First parts of the normfree modules that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -53,6 +56,42 @@ def test_imports_go_down(path):
         assert ALONE.get(here) != name, f"{here} must not know {name}"
     if here == "recipes":
         assert imported(path) <= {"config", "recipes"}
+
+
+ROOT = PACKAGE.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """The names in requirements such as `pyright[nodejs]>=1.1`."""
+    return {re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("normfree", set(PROJECT["optional-dependencies"]) - {"dev"}),
+        ("tests", {"dev"}),
+        ("benchmarks", {"dev"}),
+        ("experiments", {"dev"}),
+    ],
+)
+def test_what_is_imported_is_declared(folder, extras):
+    """Not what happens to be there since another library needs it; for the package, in an extra that users may name."""
+    declared = PROJECT["dependencies"] + [r for extra in extras for r in PROJECT["optional-dependencies"][extra]]
+    known, paths = importlib.metadata.packages_distributions(), list((ROOT / folder).rglob("*.py"))
+    ours = {"normfree", *(path.stem for path in paths)}
+    missing = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - ours - sys.stdlib_module_names:
+                if not distributions(known.get(name, [name])) & distributions(declared):
+                    missing.setdefault(name, path.name)
+    assert paths
+    assert not missing
 
 
 def test_importing_the_package_does_not_import_torch():

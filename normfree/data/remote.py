@@ -25,7 +25,11 @@ _RETRY_SECONDS = (1, 2, 4, 8)
 
 def data_folder() -> Path:
     """Where data sets, and copies of remote files, are kept: $NORMFREE_DATA, or ~/.cache/normfree/data."""
-    return Path(os.environ.get("NORMFREE_DATA") or "~/.cache/normfree/data").expanduser()
+    folder = os.environ.get("NORMFREE_DATA") or "~/.cache/normfree/data"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise InputError(f"{folder}: this user has no such home folder; set NORMFREE_DATA to a folder") from None
 
 
 def is_remote(path: str) -> bool:

@@ -167,7 +167,7 @@ def look_at(images: ImageSet, sample: int = 64) -> tuple[int, bool]:
 def _parts(spec: str) -> Parts:
     """The parts of what the user calls `spec`; nothing is read yet but names."""
     address, _, query = spec.partition("?")
-    path = Path(address).expanduser()
+    path = Path(os.path.expanduser(address))
     if address.lower().endswith(_ARCHIVES) and (is_remote(address) or path.is_file()):
         raise InputError(
             f"{address} is packed: unpack it and give the folder; shards are tar files without compression"

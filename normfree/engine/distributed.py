@@ -37,7 +37,8 @@ def keep_freed_memory() -> None:
     """Has this process keep what it frees, up to 32 MiB at a time, for its next step, where the C library is glibc.
 
     Else the maps of every step are fresh pages of the system, each of which it clears first: 4 to 8 % of a step of the
-    small networks on a CPU.
+    small networks on a CPU. It is for whoever owns the process, such as the command `normfree train`: it holds for
+    everything in it.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h

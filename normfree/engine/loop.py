@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from normfree.config import InputError, MachineConfig, quoted
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
-from normfree.engine.distributed import keep_freed_memory
 from normfree.engine.log import ProgressBar, RunLog, environment
 from normfree.layers import reuse_weights
 from normfree.optim import EMA, SAM, SGD_AGC, AGCStats, ascent_size
@@ -125,9 +124,6 @@ def train(
     model = task.model
     device = next(model.parameters()).device
     checkpoints = folder / "checkpoints"
-
-    if device.type == "cpu":
-        keep_freed_memory()
 
     # --- where it starts ---
     tensors = _state(model, optimizer, ema)

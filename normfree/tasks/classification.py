@@ -54,7 +54,7 @@ from normfree.data import (
     train_batches,
 )
 from normfree.engine.checkpoint import check_free, new_run_folder, working_in
-from normfree.engine.distributed import keep_freed_memory, memory_gib, pick_device
+from normfree.engine.distributed import memory_gib, pick_device
 from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
 from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
@@ -248,7 +248,6 @@ def images_per_second(run: RunConfig, num_classes: int, enough: float) -> float:
 
     In two, if these say more than twice `enough`. The mean, so that what other programs take counts.
     """
-    keep_freed_memory()
     m, px = run.model, run.data.train_px
     assert px is not None
     with torch.random.fork_rng(devices=[]):
@@ -425,8 +424,6 @@ def _train(
 
 def estimated_seconds(task: Classification, plan: Plan) -> float:
     """How long the run will take, from three passes of a first batch through the network, which change nothing."""
-    if task.device.type == "cpu":
-        keep_freed_memory()
     began = time.monotonic()
     batch = next(task.batches(0, 1, workers=0))
     reading = time.monotonic() - began
