@@ -1,11 +1,15 @@
 """The command line as a user meets it: every verb on real files, and one line for everything that is wrong."""
 
+import contextlib
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +233,35 @@ def test_help_is_quick_and_complete():
     assert all(verb in done.stdout for verb in ("train", "eval", "predict", "models"))
 
 
+def test_help_and_version_wherever_one_looks_for_them(capsys):
+    def said(*words: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(list(words))
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    assert said("help", "train") == said("train", "--help") == said("train", "-h")
+    assert said("help", "data", "check") == said("data", "check", "--help")
+    assert "usage: normfree data pack" in said("data", "pack", "--help")
+    assert said("help", "data") == said("data", "--help")
+    assert all(tool in said("data", "-h") for tool in ("check DATA", "pack DATA OUT"))
+    assert said("help") == said() == said("--help")
+    first, second = said("--version").splitlines()
+    assert first == f"normfree {version('normfree')}, torch {version('torch')}"
+    assert second.startswith("kernels ")
+    assert "no verb 'trian'; did you mean 'train'" in refused(capsys, "help trian")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "normfree", "--help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.lower() == "normfree: [errno 28] no space left on device\n"
+
+
 @pytest.mark.parametrize("verb", ["train", "eval", "predict", "models"])
 def test_verb_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -271,9 +304,83 @@ def test_wrong_words_get_one_line(words, message, capsys, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    """Of an untrained network with three classes."""
+    model = normfree.create_model("nfnet_nano", 3, width=(16, 32, 32, 32), group_width=8)
+    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
+    normfree.save(model, path, replace(model.info, class_names=("blue", "green", "red"), eval_px=16))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *((f"eval W D --px {px}", f"--px {px}: 8 to 4096") for px in (-1, 0, 7, 100_000)),
+        *((f"eval W D --workers {n}", f"--workers {n}: 0 to 256") for n in (-1, 257)),
+        *((f"eval W D --held-out {share}", "held-out share") for share in (0, 1, 2, -0.5, "nan")),
+        *((f"eval W D --held-out 0.1 --seed {seed}", "--seed") for seed in (-1, 2**32)),
+        ("eval W D --seed 3", "add --held-out"),
+        ("eval W D/split --held-out 0.1", "leave out --held-out"),
+        ("eval W D --out x.txt", "must end in .json or .csv"),
+        ("eval W D --out no/x.json", "there is no folder no"),
+        *((f"predict W D --top {n}", f"--top {n}: 1 to 3") for n in (-1, 0, 4)),
+        *((f"predict W D --workers {n}", f"--workers {n}: 0 to 256") for n in (-1, 257)),
+        ("predict W D --out no/x.csv", "there is no folder no"),
+        *((f"signal nfnet_nano --px {px}", f"--px {px}: 1 to 4096") for px in (-1, 0, 100_000)),
+        *((f"signal nfnet_nano --batch {n}", f"--batch {n}") for n in (-1, 0)),
+        *((f"signal nfnet_nano --seed {seed}", "--seed") for seed in (-1, 2**32)),
+        ("signal nfnet_nano --skip-gain nan", "--skip-gain"),
+        ("signal nfnet_nano --plot no/x.png", "--plot no/x.png cannot be written"),
+        ("signal nfnet_nano --json no/x.json", "--json no/x.json cannot be written"),
+        *((f"data check D --workers {n}", f"--workers {n}") for n in (-3, 257)),
+        *((f"data pack D x --shard-mb {size}", "--shard-mb") for size in (0, -1, "nan", "inf")),
+        *((f"data pack D x --quality {quality}", "--quality") for quality in (0, 101)),
+        ("data pack D x --px 0", "--px"),
+        ("data pack D x --workers -1", "--workers -1"),
+        ("models zzz*", "no model fits"),
+        *((f"train D {option}", option) for option in ("--workers -1", "--seed -1")),
+    ],
+)
+def test_options_out_of_range_get_one_line(words, message, weights, capsys, tmp_path, monkeypatch):
+    from conftest import draw
+
+    monkeypatch.chdir(tmp_path)
+    for part in ("D", "D/split/train", "D/split/val") if "split" in words else ("D",):
+        for name in ("blue", "green"):
+            for i in range(4):
+                draw(tmp_path / part / name / f"{i}.jpg", (0, 0, 0), i)
+    words = words.replace(" W ", f" {weights} ").replace("train D", f"train D {QUICK} --batch-size 2 --out x")
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, ""), err
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["D"]
+
+
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 20)).save(path)
+
+
+def test_printed_commands_can_be_pasted(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos.rename(tmp_path / "my photos")
+    for part in ("train", "validation"):
+        (tmp_path / "my photos" / part / "red").rename(tmp_path / "my photos" / part / "dark red")
+    quick = [*QUICK.split(), "--steps", "2", "--warmup-steps", "1", "--recipe", "mnist5k"]  # nothing is measured
+    main(["train", "my photos", *quick, "--out", "my run's"])
+    said = {line.split()[0]: shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()[2:] if "'" in line}
+    assert said["curves"] == ["tensorboard", "--logdir", "my run's"]
+    main([*said["evaluate"][1:], "--device", "cpu", "--workers", "0"])
+    main([*said["predict"][1:3], "my photos/validation/dark red", "--device", "cpu"])
+    assert "my photos/validation/dark red/05.jpg" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "my photos", *quick, "--out", "my run's"])
+    line = capsys.readouterr().err
+    assert shlex.split(line[line.index("--resume") : line.index(", or name")]) == ["--resume", "my run's"]
 
 
 def test_wrong_folders_get_one_line(capsys, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ branches fall silent shows it here, before a step of training.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError, nearest
+from normfree.config import MAX_PX, MAX_SEED, InputError, check_range, check_writable, nearest
 from normfree.data import EvalTransform, FolderImages, eval_batches, find_images, open_dataset
 from normfree.data.transforms import normalize, sample_rng
 from normfree.engine.distributed import pick_device
@@ -167,8 +168,11 @@ def measure_models(
     Raises:
         InputError: what cannot be found, read or measured.
     """
-    if batch < 1 or (px is not None and px < 1):
-        raise InputError("--batch and --px are at least 1")
+    check_range("batch", batch, 1, 65536)
+    check_range("px", px, 1, MAX_PX)
+    check_range("seed", seed, 0, MAX_SEED)
+    if skip_gain is not None and not math.isfinite(skip_gain):
+        raise InputError(f"--skip-gain {skip_gain}: a finite number")
     where = pick_device(device)
     tables = {}
     for name in names:
@@ -342,6 +346,9 @@ def report_signal(
         raise InputError("signal needs a network: normfree signal MODEL ...")
     if plot is not None:
         _check_plot_path(plot)
+        check_writable(plot, "--plot", replace=True)
+    if json_file is not None:
+        check_writable(json_file, "--json", replace=True)
     tables = measure_models(names, data, px, batch, seed, skip_gain, device)
     print(format_signals(tables))
     if plot is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -44,7 +45,7 @@ def pack(
     whose short side has at most `px` pixels. What was packed before an interruption stays, in OUT.partial. Returns
     what this call could not read, as "name: reason". InputError: `out` exists, other settings or data than before.
     """
-    if shard_mb <= 0 or not 1 <= quality <= 100 or (px is not None and px < 1):
+    if not 0 < shard_mb < math.inf or not 1 <= quality <= 100 or (px is not None and px < 1):
         raise InputError("--shard-mb is more than 0, --quality 1 to 100, --px at least 1")
     folder = Path(f"{out.rstrip('/')}.partial")
     check_writable(out, "folder", parents=True)

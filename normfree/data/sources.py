@@ -77,6 +77,8 @@ def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | 
     raises `InputError`, as does what cannot be read as a data set.
     """
     parts = _parts(spec)
+    if parts.validation is not None and held_out is not None:
+        raise InputError(f"{spec} has validation images of its own, so that none were held out: leave out --held-out")
     if parts.validation is not None:
         images = _nonempty(parts.validation(), spec, "validation ")
     elif parts.train is not None and held_out is not None:
