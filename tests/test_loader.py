@@ -518,6 +518,7 @@ def test_what_fits_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     many = ArrayImages(class_names=("a",), targets=[0] * len(pixels), pixels=pixels, names=names)
     assert not fits_in_memory(many)
     assert fits_in_memory(ArrayImages(class_names=("a",), targets=[0] * 9, pixels=pixels[:9], names=names[:9]))
+    assert fits_in_memory(images.subset([]))
     read = []
     monkeypatch.setattr(ArrayImages, "size", lambda _, index: read.append(index) or (4000, 3000))
     assert not fits_in_memory(many)

@@ -7,6 +7,7 @@ mask as an index do, gets `DataDependentOutputException` or ends on the CPU.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.data import normalize
+from normfree.engine.loop import _add_gradients
 from normfree.layers import WSConv, reuse_weights
 from normfree.models import create_model
 from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
@@ -36,7 +38,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.calls[func._schema.name] += 1
         self.work += func.namespace == "aten" and not func.is_view
-        if len({t.device for t in (out, *args) if isinstance(t, Tensor) and t.ndim}) > 1:
+        copies = func._schema.name == "aten::_to_copy"  # other operations take a number of the host without waiting
+        if len({t.device for t in (out, *args) if isinstance(t, Tensor) and (t.ndim or copies)}) > 1:
             self.waits.append(func._schema.name)
         return out
 
@@ -56,9 +59,10 @@ def give_gradients(model: nn.Module) -> None:
 def test_what_waits_is_seen(model):
     give_gradients(model)
     stats = adaptive_clip_grad_(model.parameters())
-    with Watch() as watch:
-        torch.tensor([1.0, 2.0], device="cpu").to("cuda")
-    assert watch.waits
+    for values in (1.0, [1.0, 2.0]):
+        with Watch() as watch:
+            torch.tensor(values, device="cpu").to("cuda")
+        assert watch.waits
     with pytest.raises(DataDependentOutputException):
         _ = stats.clipped_fraction
     with Watch() as watch:
@@ -100,6 +104,29 @@ def test_the_authors_optimizer_with_the_average(model):
     assert sum(batched.values()) < 30
     assert watch.calls["aten::linalg_vector_norm"] < 2 * num_params  # one for a weight, all vectors together
     assert watch.work < num_params
+
+
+@dataclass
+class Mean:
+    """A task of the loop, as far as gradients need one."""
+
+    model: nn.Module
+
+    def part(self, batch: Tensor, start: int, stop: int) -> Tensor:
+        return batch[start:stop]
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.model(normalize(batch, *MOMENTS)).mean()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_loss_of_the_loop_is_added_up_on_the_device(model, micro_batch, monkeypatch):
+    monkeypatch.setattr(Tensor, "backward", lambda self: None)  # which needs a real device
+    pixels = torch.empty(4, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    with torch.device("cpu"), Watch() as watch:
+        loss = _add_gradients(Mean(model), pixels, 4, micro_batch)  # type: ignore
+    assert not watch.waits
+    assert loss.device.type == "cuda"
 
 
 @pytest.mark.parametrize("units", ["channel", "tensor"])

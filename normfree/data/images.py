@@ -342,7 +342,7 @@ def fits_in_memory(images: ImageSet, sample: int = 64) -> bool:
     Three bytes a pixel, at full size; `sample` evenly spaced images stand for all.
     """
     indices = np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int).tolist()
-    room = min(_CACHE_BYTES, _free_bytes() / 4) * len(indices) / len(images)
+    room = min(_CACHE_BYTES, _free_bytes() / 4) * len(indices) / max(len(images), 1)
     for index in indices:
         with contextlib.suppress(UnreadableImage):
             room -= 3 * math.prod(images.size(index))

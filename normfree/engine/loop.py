@@ -259,14 +259,15 @@ def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: in
 def _add_gradients(task: Task, batch: Any, num_images: int, micro_batch: int | None) -> Tensor:
     """Mean loss of the first `num_images` of a batch, of which the gradients are added to what is there."""
     size = min(micro_batch or num_images, num_images)
-    total = torch.zeros(())
-    together = size < num_images or next(task.model.parameters()).is_cuda  # where few large operations beat many
+    device = next(task.model.parameters()).device
+    total = torch.zeros((), device=device)
+    together = size < num_images or device.type == "cuda"  # where few large operations beat many
     with reuse_weights(task.model) if together else contextlib.nullcontext():
         for start in range(0, num_images, size):
             stop = min(start + size, num_images)
             loss = task.loss(task.part(batch, start, stop)) * ((stop - start) / num_images)
             loss.backward()
-            total = total.to(loss.device) + loss.detach()
+            total = total + loss.detach()
     return total
 
 

@@ -211,7 +211,13 @@ def evaluate_images(
     """Accuracy of `model` on `images`, prepared as `info` says; `show(seen, total)` is told of the progress."""
     transform = eval_transform(info)
     batches = eval_batches(
-        images, transform, batch_size=EVAL_BATCH, workers=workers, channels=info.in_channels, min_px=transform.min_px
+        images,
+        transform,
+        batch_size=EVAL_BATCH,
+        workers=workers,
+        channels=info.in_channels,
+        min_px=transform.min_px,
+        pin_memory=device.type == "cuda",
     )
 
     def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
