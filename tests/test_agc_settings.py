@@ -151,13 +151,17 @@ def test_other_keys_of_groups():
     for key in ("maximize", "dampening", "differentiable"):
         with pytest.raises(InputError, match=f"no {key}"):
             SGD_AGC([{"params": model.parameters(), key: True}], lr=0.1)
-    for key, value in {"units": "rows", "clipping": -1.0, "clip_eps": 0.0, "lr": -1.0, "momentum": 1.0}.items():
+    bad = {"units": "rows", "clipping": -1.0, "clip_eps": float("inf"), "lr": float("nan"), "momentum": 1.0}
+    for key, value in bad.items():
         with pytest.raises(InputError, match=key.removeprefix("clip_")):
             SGD_AGC([{"params": model.parameters(), key: value}], lr=0.1)
         good = SGD_AGC(model.parameters(), lr=0.1)
         good.param_groups[0][key] = value
         with pytest.raises(InputError, match=key.removeprefix("clip_")):
             good.step()
+    for empty, error in (([], ValueError), ([{"params": set(model.parameters())}], TypeError)):
+        with pytest.raises(error):  # torch's own
+            SGD_AGC(empty, lr=0.1)
     optimizer = SGD_AGC(model[0].parameters(), lr=0.1)
     with pytest.raises(InputError, match="clipping"):
         optimizer.add_param_group({"params": model[3].parameters(), "clipping": 0})
@@ -185,11 +189,15 @@ def test_arguments_of_param_groups():
         param_groups(list(model.parameters()), classifier=model[3])
     with pytest.raises(InputError, match="classifier given, Flatten, has no weight"):
         param_groups(model, classifier=model[2])
-    for options in ({"weight_decay": -1.0}, {"weight_decay": float("nan")}, {"clipping": 0.0}):
+    for options in ({"weight_decay": -1.0}, {"weight_decay": float("nan")}, {"weight_decay": None}, {"clipping": 0.0}):
         with pytest.raises(InputError, match=next(iter(options))):
             roles(model, **options)
     one, listed = roles(model, exempt=model[0]), roles(model, exempt=[model[0]])
     assert [len(group["params"]) for group in one] == [len(group["params"]) for group in listed]
+    with pytest.raises(InputError, match="exempt module str is no layer"):
+        roles(model, exempt=["0"])
+    with pytest.raises(InputError, match="lazy layers"):
+        param_groups(nn.Sequential(nn.LazyLinear(2)), classifier=None)
     nested = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Linear(4, 2))
     assert param_groups(nested, classifier=None, exempt=nested[0])[-1]["clipping"] is None
     params = model.parameters()

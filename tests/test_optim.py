@@ -208,6 +208,8 @@ def test_warmup_cosine_of_the_papers_recipe():
     assert warmup_cosine(57_083, **options) == pytest.approx(0.8, rel=1e-4)
     assert warmup_cosine(112_602, **options) == 0.0
     assert warmup_cosine(10, peak_lr=1.0, total_steps=10, final_lr=0.25) == 0.25
+    with pytest.raises(InputError, match="step -1"):
+        warmup_cosine(-1, **options)
 
 
 def test_ema_is_the_recurrence():
@@ -355,12 +357,20 @@ def test_a_learning_rate_may_be_a_tensor(dtype):
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
-def test_gradients_of_another_dtype():
-    """torch lets a gradient be kept in float32 where its parameter is in half precision."""
-    p, q = nn.Parameter(torch.ones(4, 3).bfloat16()), nn.Parameter(torch.ones(4, 3))
-    p.grad_dtype = torch.float32
-    for x in (p, q):
-        x.grad = torch.full((4, 3), 0.5)
-        SGD_AGC([x], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, clipping=0.125).step()
-    assert torch.equal(p, q.bfloat16())
-    assert (q < 1).all()
+@pytest.mark.parametrize(("of_weights", "of_grads"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_gradients_of_another_dtype(of_weights, of_grads):
+    """torch lets them differ by p.grad_dtype. As exact as its SGD: the decay is not rounded to the gradient's dtype."""
+    ours, theirs = (nn.Parameter(torch.ones(4, 3, dtype=getattr(torch, of_weights))) for _ in range(2))
+    options = dict(momentum=0.5, nesterov=True, weight_decay=1e-4)
+    a, b = SGD_AGC([ours], lr=1.0, clipping=None, **options), torch.optim.SGD([theirs], lr=1.0, **options)
+    for _ in range(2):
+        for p in (ours, theirs):
+            p.grad_dtype = getattr(torch, of_grads)
+            p.grad = torch.full((4, 3), 0.25, dtype=p.grad_dtype)
+        a.step()
+        b.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    for p in (ours, theirs):
+        p.grad = torch.full((4, 3), 0.25, dtype=p.grad_dtype)
+    assert adaptive_clip_grad_([ours], 1e-3).clipped.tolist() == [4]
+    assert ours.grad.norm().item() == pytest.approx(2e-3 * ours.detach().float()[0].norm().item(), rel=1e-2)

@@ -30,7 +30,7 @@ def plain(value: float | None) -> float | None:
 def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
     if clipping is not None and not (clipping > 0 and math.isfinite(clipping)):
         raise InputError(f"clipping {clipping}: a positive number, or None to leave a group unclipped")
-    if not eps > 0:
+    if not 0 < eps < math.inf:
         raise InputError(f"eps {eps}: a positive number; the paper's is 1e-3")
     if units not in get_args(Units):
         raise InputError(f"units {units!r}: {' or '.join(get_args(Units))}")
@@ -89,12 +89,13 @@ def as_groups(params_or_groups: Any) -> list[dict[str, Any]]:
     items = [params_or_groups] if isinstance(params_or_groups, Tensor) else list(params_or_groups)
     if not items and isinstance(params_or_groups, Iterator):
         raise InputError("there are no parameters: model.parameters() can be gone through once, so call it again")
-    if not items or not isinstance(items[0], Mapping):
+    if items and not isinstance(items[0], Mapping):
         return [{"params": items}]
-    groups = []
-    for group in cast("list[Mapping[str, Any]]", items):
+    groups = [dict(group) for group in cast("list[Mapping[str, Any]]", items)]
+    for group in groups:
         params = group["params"]
-        groups.append({**group, "params": [params] if isinstance(params, Tensor) else list(params)})
+        if not isinstance(params, set):  # which has no order: torch's optimizers refuse it
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
     return groups
 
 
@@ -134,7 +135,7 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"param_groups takes the model, which knows the roles of its parameters, not {type(model)}")
-    if weight_decay != "optimizer" and not 0 <= weight_decay < math.inf:
+    if weight_decay != "optimizer" and (weight_decay is None or not 0 <= weight_decay < math.inf):
         raise InputError(f"weight_decay {weight_decay}: a number of at least 0")
     if clipping != "optimizer":
         check_clipping(clipping, 1.0)
@@ -153,8 +154,8 @@ def param_groups(
     if classifier is not None and not (unclipped or asked):
         raise InputError(f"the classifier given, {type(classifier).__name__}, has no weight")
     for module in [exempt] if isinstance(exempt, nn.Module) else exempt:
-        inside = {p for p in module.parameters() if p.requires_grad}
-        if module not in modules or not inside:
+        inside = {p for p in module.parameters() if p.requires_grad} if module in modules else set()
+        if not inside:
             what = "is no layer of the model" if module not in modules else "has nothing to train"
             raise InputError(f"the exempt module {type(module).__name__} {what}")
         unclipped |= inside
@@ -162,6 +163,8 @@ def param_groups(
 
     groups: dict[tuple, list[nn.Parameter]] = {}
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if any(map(nn.parameter.is_lazy, trainable)):
+        raise InputError("lazy layers have no shapes yet: run a batch through the model before param_groups")
     for p in trainable:
         vector, left_alone = _is_gain(p), p in unclipped
         groups.setdefault((left_alone, vector, transposed.get(p, 0)), []).append(p)

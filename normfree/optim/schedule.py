@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from normfree.config import InputError
+
 
 def warmup_cosine(
     step: int, *, peak_lr: float, total_steps: int, warmup_steps: float = 0.0, final_lr: float = 0.0
@@ -20,6 +22,8 @@ def warmup_cosine(
         >>> [round(warmup_cosine(s, peak_lr=1.0, total_steps=4, warmup_steps=2), 2) for s in range(5)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
+    if step < 0:
+        raise InputError(f"step {step}: counted from 0")
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
     t = min((step - warmup_steps) / max(total_steps - warmup_steps, 1e-9), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -227,9 +228,14 @@ class SGD_AGC(torch.optim.Optimizer):
 
 
 def _dense(piece: Piece) -> tuple[Tensor, Tensor]:
-    """Parameter and gradient: of a sparse one the piece has only the rows that are in it."""
-    grad = piece.param.grad
-    return (piece.param, grad.to_dense()) if grad is not None and grad.is_sparse else (piece.weight, piece.grad)
+    """Parameter and gradient: of a sparse one the piece has only the rows that are in it.
+
+    Decay and momentum are added to gradients, so these are at least as precise as the parameter.
+    """
+    grad, weight = piece.grad, piece.weight
+    if piece.param.grad is not None and piece.param.grad.is_sparse:
+        grad, weight = piece.param.grad.to_dense(), piece.param
+    return weight, grad if grad.dtype == weight.dtype else grad.to(torch.promote_types(grad.dtype, weight.dtype))
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,8 +249,8 @@ def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
 def _check(group: Mapping[str, Any]) -> None:
     check_names(frozenset(group), _OWN_KEYS)
     check_clipping(group["clipping"], group["clip_eps"], group.get("units", "channel"))
-    if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and 0 <= group["momentum"] < 1):
-        raise InputError("lr and weight_decay are at least 0, momentum lies in [0, 1)")
+    if not (0 <= group["lr"] < math.inf and 0 <= group["weight_decay"] < math.inf and 0 <= group["momentum"] < 1):
+        raise InputError("lr and weight_decay are at least 0 and finite, momentum lies in [0, 1)")
     if group["nesterov"] and not group["momentum"]:
         raise InputError("Nesterov momentum needs a momentum above 0")
     for name in ("dampening", "maximize", "differentiable"):
