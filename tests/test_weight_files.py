@@ -14,6 +14,7 @@ import stat
 import subprocess
 import types
 import unicodedata
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def test_a_header_that_contradicts_the_network_is_refused(tmp_path):
     refused("impossible mean and std", normfree.save, model, path, dataclasses.replace(info, mean=(0.5,)))
     refused("not JSON", normfree.save, model, path, dataclasses.replace(info, overrides={"drop_rate": np.float32(0)}))
     refused("not made by create_model", normfree.save, nn.Linear(1, 1), path)
+    refused("hold no numbers", normfree.save, nano().to("meta"), path)
     assert not any(tmp_path.iterdir())
 
 
@@ -218,7 +220,7 @@ def test_prefixes_of_wrappers_are_understood(prefix, tmp_path):
 # --- state dicts and checkpoints ---
 
 
-def test_a_state_dict_alone_is_recognised(tmp_path):
+def test_a_state_dict_alone_is_recognised(tmp_path, capsys):
     model, path = nano(), tmp_path / "x.pth"
     state = model.state_dict()
     for content in (
@@ -229,7 +231,9 @@ def test_a_state_dict_alone_is_recognised(tmp_path):
         assert torch.equal(logits(normfree.load(path)), logits(model))
         assert torch.equal(logits(create_model("nfnet_nano", 5, weights=path).eval()), logits(model))
     save_file(state, tmp_path / "x.safetensors")
+    capsys.readouterr()
     again = normfree.load(tmp_path / "x.safetensors")
+    assert "x.safetensors names no options: those of nfnet_nano are taken, as they are" in capsys.readouterr().err
     assert torch.equal(logits(again), logits(model))
     assert again.info is not None
     assert again.info.source == "state dict x.safetensors"
@@ -327,6 +331,10 @@ def test_nothing_of_a_checkpoint_runs(tmp_path):
                 refused(f"refused: a weight file has no business with {name}", normfree.load, path)
     torch.save({"model": nano()}, path)
     refused(r"refused: .* normfree\.models\.nfnet\.NFNet: save the network's state_dict", normfree.load, path)
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save begins
+        for name in ("x/data.pkl", "x/code/x.py", "x/constants.pkl"):
+            archive.writestr(name, b"")
+    refused("refused: .* TorchScript", normfree.load, path)
     torch.save({"model": state | {"x": Options()}}, path)
     refused(r"refused: .*Options", normfree.load, path)
     assert not trap.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -93,8 +94,10 @@ def _read_own(
             if not differences[-1] and like.info is not None:
                 fits.setdefault(candidate, like.info)
     if len(fits) == 1:
-        name, info = next(iter(fits.items()))
-        said = f"a state dict names no options: those of {name} are taken, {_spell(info.overrides) or 'as they are'}"
+        candidate, info = next(iter(fits.items()))
+        said = f"{source} names no options: those of {candidate} are taken, {_spell(info.overrides) or 'as they are'}"
+        if name is None:
+            logging.getLogger("normfree").warning(said)
         info = replace(info, source=f"state dict {Path(source).name}")
         return Weights(state, info, Report(matched=list(state)), (*notes, said))
     if fits:

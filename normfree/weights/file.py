@@ -168,6 +168,8 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: Mo
         raise InputError(f"cannot write {path}: its header would be unreadable ({error})") from None
     tensors, taken = {}, set()
     for key, value in state.items():
+        if value.is_meta:
+            raise InputError(f"cannot write {path}: the network is on the device meta, where tensors hold no numbers")
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:  # shared, which safetensors refuses

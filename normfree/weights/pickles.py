@@ -202,6 +202,8 @@ class TorchFile:
         if len(pickles) != 1:
             raise ValueError("torch.save did not write this archive")
         root = pickles[0].removesuffix("data.pkl")
+        if root + "constants.pkl" in archive.namelist():
+            raise Refused("TorchScript: save the network's state_dict()")
         if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
             raise ValueError("it is compressed, which torch.save's files are not")
         if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
