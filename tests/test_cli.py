@@ -19,7 +19,8 @@ from PIL import Image
 
 import normfree
 from normfree.cli import Train, main, option_names
-from normfree.config import RunConfig
+from normfree.config import InputError, RunConfig
+from normfree.engine.checkpoint import check_free
 
 QUICK = (
     "--train-px 16 --eval-px 16 --epochs 2 --batch-size 8 --workers 0 --device cpu --width 16 32 32 32 --group-width 8"
@@ -381,6 +382,11 @@ def test_printed_commands_can_be_pasted(photos, tmp_path, capsys, monkeypatch):
         main(["train", "my photos", *quick, "--out", "my run's"])
     line = capsys.readouterr().err
     assert shlex.split(line[line.index("--resume") : line.index(", or name")]) == ["--resume", "my run's"]
+
+
+def test_a_run_folder_that_tensorboard_cannot_write_to(tmp_path):
+    with pytest.raises(InputError, match="must be UTF-8"):
+        check_free(tmp_path / "run\udcff")
 
 
 def test_wrong_folders_get_one_line(capsys, tmp_path, monkeypatch):

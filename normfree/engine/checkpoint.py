@@ -132,6 +132,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def check_free(path: Path) -> None:
     """InputError where a run's folder is to be and something is there already."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # neither TensorBoard nor safetensors takes it
+        raise InputError(
+            f"{path}: the name of a run's folder must be UTF-8, and the locale too, as LC_ALL=C.UTF-8"
+        ) from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists: go on with it by --resume {quoted(path)}, or name another folder with --out")
 
