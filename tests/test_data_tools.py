@@ -258,9 +258,16 @@ def test_results_that_can_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_check_and_pack_look_at_where_they_write_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for words in (("check", "no-data", "--out", tmp_path / "nowhere/r.json"), ("pack", "no-data", tmp_path)):
-        code, out, err = run(capsys, "data", *words)
+def test_every_verb_looks_at_where_it_writes_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nowhere = tmp_path / "nowhere"
+    for words in (
+        ("data", "check", "no-data", "--out", nowhere / "r.json"),
+        ("data", "pack", "no-data", tmp_path),
+        ("signal", "no-network", "--json", nowhere / "s.json"),
+        ("signal", "no-network", "--plot", nowhere / "s.png"),
+        ("convert", "no-weights.npz", nowhere / "w.safetensors"),
+    ):
+        code, out, err = run(capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert str(tmp_path) in err
 

@@ -147,8 +147,8 @@ def test_uneven_and_tiny_sets_are_handled_and_said(uneven, tmp_path, capsys):
     main(["train", str(uneven), *small.split(), "--out", str(tmp_path / "run")])
     out, err = capsys.readouterr()
     for said in (
-        "chosen   nfnet_nano at 28 px: 25 images in colour, short side 20 px, on cpu",
-        "chosen   classes count alike: the largest has 23 times the images of the smallest",
+        "chosen   nfnet_nano at 28 px: 26 images in colour, short side 20 px, on cpu",
+        "chosen   classes count alike: the largest has 24 times the images of the smallest",
         "chosen   batches of 3, learning rate",
         "note     it has no validation images",
         "note     uneven classes",

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError
+from normfree.config import InputError, check_writable
 from normfree.layers import Activation
 from normfree.models.network import Network
 from normfree.models.table import TABLE, build, defaults
@@ -379,6 +379,8 @@ def convert_weights(source: str, out: str, format: Format | None = None, name: s
     format = format or endings.get(Path(out).suffix, "normfree")
     if format not in get_args(Format):
         raise InputError(f"format {format!r}: there are {', '.join(get_args(Format))}")
+    if not hub.is_hub_uri(out):
+        check_writable(out, "OUT", replace=True)
     weights = read_any(source, name)
     if not hub.is_hub_uri(out):
         return replace(weights, notes=weights.notes + _write(weights, out, format))

@@ -502,6 +502,8 @@ def evaluate_weights(
     if not info.class_names:
         raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
     images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed or 0)
+    for note in images.notes:
+        print(f"warning: {data}: {note}", file=sys.stderr)
     if seen := count_sampled(images, info.trained_on):
         what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
         print(f"warning: {what}; see --held-out", file=sys.stderr)
