@@ -11,13 +11,18 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import Function, forward_ad
 
 from normfree.native import library, native_for
 
 Before = Callable[[Tensor], Tensor]
 Pads = tuple[int, int, int, int]  # zeros left, right, above, below, beside those of a convolution's own padding
+HALVES = (torch.float16, torch.bfloat16)
+
+# torch.fx calls them as they are: their choices depend on tensors, which a symbol is not
+for name in ("standardize", "spatial_mean", "avg_pool2x2", "gated_sum", "conv2d"):
+    fx.wrap(name)
 
 
 def _eager() -> bool:
@@ -36,6 +41,11 @@ def _run(kernel: str, *args: Tensor | float | None) -> None:
     function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args), torch.get_num_threads())
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32, in which sums and squares neither overflow nor vanish; anything else as it is."""
+    return x.float() if x.dtype in HALVES else x
+
+
 def _placed_like(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the order of memory of `like`, which has its shape and is dense."""
     last = torch.channels_last if like.ndim == 4 and not like.is_contiguous() else torch.contiguous_format
@@ -51,14 +61,16 @@ def standardize(
     """(W_i - mean(W_i)) / sqrt(max(share * |W_i - mean(W_i)|², floor) + extra) * gain_i * scale.
 
     `weight` (out, ...), filter i its row i; `gain` (out,). `share`: part of the filter that one output sees.
+    Half precision is computed in float32 and rounded at the end.
     """
     options = (scale, share, floor, extra)
     return _Standardize.apply(weight, gain, *options) if _eager() else _standardize(weight, gain, *options)
 
 
 def _standardize(weight: Tensor, gain: Tensor, scale: float, share: float, floor: float, extra: float) -> Tensor:
-    centred, r, _ = _centre(weight, share, floor, extra)
-    return centred * (r * (gain * scale).view(r.shape))
+    centred, r, _ = _centre(_wide(weight), share, floor, extra)
+    standardized = centred * (r * (_wide(gain) * scale).view(r.shape))
+    return standardized.to(torch.promote_types(weight.dtype, gain.dtype))
 
 
 def _centre(weight: Tensor, share: float, floor: float, extra: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,11 +129,12 @@ def _closed(
 ) -> tuple[Tensor, Tensor]:
     """The same by PyTorch's operations, differentiable."""
     dims = tuple(range(1, weight.ndim))
-    centred, r, square = _centre(weight, share, floor, extra)
+    grad = _wide(grad)
+    centred, r, square = _centre(_wide(weight), share, floor, extra)
     bend = torch.where(square < floor, 0, share * r**3)
-    factor, dot = (gain * scale).view(r.shape), (grad * centred).sum(dims, keepdim=True)
+    factor, dot = (_wide(gain) * scale).view(r.shape), (grad * centred).sum(dims, keepdim=True)
     dweight = (grad - grad.mean(dims, keepdim=True)) * (factor * r) - centred * (factor * bend * dot)
-    return dweight, (dot * r).view(gain.shape) * scale
+    return dweight.to(weight.dtype), ((dot * r).view(gain.shape) * scale).to(gain.dtype)
 
 
 Options = tuple[float, float, float, float]  # scale, share, floor, extra of `standardize`
@@ -234,14 +247,29 @@ def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C). By way of the sum, so that the gradient of x is a view of N * C numbers, not a map."""
+    """(N, C, H, W) -> (N, C), in the dtype of x. The gradient of x is a view of N * C numbers, not a map."""
+    if x.dtype in HALVES:
+        return _HalfMean.apply(x) if _eager() else x.mean((2, 3), dtype=torch.float32).to(x.dtype)
     return x.sum((2, 3)) * (1 / (x.shape[2] * x.shape[3]))
+
+
+class _HalfMean(Function):
+    """The sum of a map may be beyond float16: it is taken in float32. Autograd's gradient of that would be a map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.mean((2, 3), dtype=torch.float32).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        share = grads[0].float() * (1 / (ctx.shape[2] * ctx.shape[3]))
+        return share.to(grads[0].dtype)[:, :, None, None].expand(ctx.shape)
 
 
 def avg_pool2x2(x: Tensor) -> Tensor:
     """2x2 mean with stride 2 of (N, C, H, W); of odd sides the last mean is over what there is. Keeps nothing of x."""
-    symbol = not isinstance(x, Tensor)  # of torch.fx
-    return F.avg_pool2d(x, 2, 2, ceil_mode=True) if symbol or not _eager() else _AvgPool2x2.apply(x)
+    return _AvgPool2x2.apply(x) if _eager() else F.avg_pool2d(x, 2, 2, ceil_mode=True)
 
 
 class _AvgPool2x2(Function):
@@ -260,8 +288,7 @@ class _AvgPool2x2(Function):
 
 def gated_sum(shortcut: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """shortcut + x * gate, for `shortcut` and `x` (N, C, H, W) and `gate` (N, C, 1, 1)."""
-    symbol = not isinstance(x, Tensor)  # of torch.fx
-    return torch.addcmul(shortcut, x, gate) if symbol or not _gate_fits(x, gate) else _GatedSum.apply(shortcut, x, gate)
+    return _GatedSum.apply(shortcut, x, gate) if _gate_fits(x, gate) else torch.addcmul(shortcut, x, gate)
 
 
 def _gate_fits(x: Tensor, gate: Tensor) -> bool:
@@ -343,7 +370,8 @@ def _is_gelu(before: Before | None) -> bool:
         return before is gelu
     hooks = before._forward_hooks, before._forward_pre_hooks, before._backward_hooks, before._backward_pre_hooks
     watched = any(hooks) or nn.modules.module._has_any_global_hook()
-    return not watched and getattr(before, "function", None) is gelu
+    scaled = getattr(before, "scaled", False)
+    return not watched and not scaled and getattr(before, "function", None) is gelu
 
 
 class _Conv2d(Function):

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.utils import _pair
 
 from normfree import functional
 from normfree.config import InputError, nearest
+
+Pair = tuple[int, int]
 
 # name -> (function, γ). γ keeps the output variance at 1 for a standard normal input; the values are the constants of
 # the released code (nfnets/base.py), sampled estimates up to 1e-3 above the exact ones (docs/parity.md).
@@ -41,22 +46,26 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 class Activation(nn.Module):
-    """An activation function without its γ, which is the attribute `gamma` for whoever consumes the output."""
+    """An activation function without its γ, which is the attribute `gamma` for whoever consumes the output.
 
-    def __init__(self, name: str):
+    `scaled`: with its γ, where no convolution follows to take it over.
+    """
+
+    def __init__(self, name: str, scaled: bool = False):
         super().__init__()
         if name not in ACTIVATIONS:
             raise InputError(f"no activation {name!r}{nearest(name, ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}")
-        self.name = name
+        self.name, self.scaled = name, scaled
         self.function, self.gamma = ACTIVATIONS[name]
         # for the backward pass; the others keep their output, as the convolution after them does
         self.keeps_input = name not in ("identity", "relu", "sigmoid", "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        out = self.function(x)
+        return out * self.gamma if self.scaled else out
 
     def extra_repr(self) -> str:
-        return f"{self.name}, gamma={self.gamma:.6g}"
+        return f"{self.name}, gamma={self.gamma:.6g}{', scaled' if self.scaled else ''}"
 
 
 def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
@@ -77,29 +86,45 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _same_pads(x: Tensor, extent: Pair, stride: Pair) -> functional.Pads:
+    rows, columns = (same_padding(*sizes) for sizes in zip(x.shape[-2:], extent, stride, strict=True))
+    return *columns, *rows
+
+
+def _extent(kernel: Sequence[int], dilation: Pair) -> Pair:
+    """Sides of the window that a dilated kernel sees."""
+    return (kernel[0] - 1) * dilation[0] + 1, (kernel[1] - 1) * dilation[1] + 1
+
+
 def conv2d_same(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int,
+    stride: int | Pair,
     groups: int,
     before: Activation | None = None,
+    dilation: int | Pair = 1,
 ) -> Tensor:
-    """Convolution of `before(x)`, as large as x, with 'SAME' padding; output side = ceil(input side / stride)."""
-    pads, (height, width) = None, weight.shape[-2:]
-    if height == width == 1 or (stride == 1 and height % 2 == width % 2 == 1):  # whatever the size of x
+    """Convolution of `before(x)` with 'SAME' padding; output side = ceil(input side / stride)."""
+    stride, dilation = _pair(stride), _pair(dilation)
+    pads, (height, width) = None, _extent(weight.shape[-2:], dilation)
+    if height == width == 1 or (stride == (1, 1) and height % 2 == width % 2 == 1):  # whatever the size of x
         padding = (height // 2, width // 2)
     else:
-        top, bottom = same_padding(x.shape[-2], height, stride)
-        left, right = same_padding(x.shape[-1], width, stride)
+        left, right, top, bottom = _same_pads(x, (height, width), stride)
         padding = (top, left)
         # a compiled or exported network is for sizes even and odd, so it must not ask
         if torch.compiler.is_compiling() or top != bottom or left != right:
             pads, padding = (left, right, top, bottom), (0, 0)
     recompute = before is not None and before.keeps_input
-    return functional.conv2d(
-        x, weight, bias, (stride, stride), padding, groups=groups, pads=pads, before=before, recompute=recompute
-    )
+    geometry = (stride, padding, dilation, groups)
+    return functional.conv2d(x, weight, bias, *geometry, pads=pads, before=before, recompute=recompute)
+
+
+fx.wrap("conv2d_same")  # torch.fx calls it as it is: it asks for sides
+
+# what the convolutions use in the context of `reuse_weights`, which is one thread's, or one task's, alone
+REUSED: ContextVar[Mapping[WSConv, Tensor]] = ContextVar("REUSED", default=MappingProxyType({}))
 
 
 class WSConv(nn.modules.conv._ConvNd):
@@ -112,25 +137,34 @@ class WSConv(nn.modules.conv._ConvNd):
     sqrt(fan_in * (var(W_i) + eps)), as in timm. Paper eq. 1; nfnets/base.py.
     """
 
-    input_scale: float
+    input_scale: float | Tensor
     eps: float | None
     gain: nn.Parameter
-    _reused: Tensor | None = None  # within `reuse_weights`, what the convolution uses
+    initial_gain = 1.0
 
     def _add_gain(self, input_scale: float, eps: float | None) -> None:
-        self.gain = nn.Parameter(torch.ones(self.out_channels))
+        self.gain = nn.Parameter(self.weight.detach().new_ones(self.out_channels))
         self.input_scale, self.eps = input_scale, eps
+
+    @property
+    def filter_size(self) -> int:
+        """Number of weights of one output channel."""
+        return self.in_channels // self.groups * math.prod(self.kernel_size)
 
     @property
     def fan_in(self) -> float:
         """Number of inputs in the sum that makes one output."""
-        return self.weight[0].numel()
+        return self.filter_size
 
     def reset_parameters(self) -> None:
-        """LeCun normal over the fan-in, bias 0 (the gain starts at 1)."""
+        """LeCun normal over the fan-in; biases 0, gains 1, an `input_scale` that was traced (`convert_to_nf`) 1."""
         init_normal_(self.weight, self.fan_in**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if "gain" in self._parameters:  # PyTorch's constructor calls this before there is one
+            nn.init.constant_(self.gain, self.initial_gain)
+        if isinstance(self._buffers.get("input_scale"), Tensor):
+            nn.init.ones_(cast(Tensor, self.input_scale))
 
     def standardized_weight(self) -> Tensor:
         """Ŵ, the weight that the convolution uses, of the shape of `weight`."""
@@ -138,70 +172,23 @@ class WSConv(nn.modules.conv._ConvNd):
 
     def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias to use."""
-        weight, bias = self.standardized_weight() if self._reused is None else self._reused, self.bias
+        reused, bias = REUSED.get().get(self), self.bias
+        weight = self.standardized_weight() if reused is None else reused
         if output_scale is None:
             return weight, bias
         return weight * output_scale, bias if bias is None else bias * output_scale
 
     def _standardize(self, weight: Tensor) -> Tensor:
         """Ŵ for a weight with the output channels first."""
-        return functional.standardize(weight, self.gain, *self._options(weight))
+        return functional.standardize(weight, self.gain, *self._options())
 
-    def _options(self, weight: Tensor) -> functional.Options:
-        share = self.fan_in / weight[0].numel()
+    def _options(self) -> functional.Options:
         floor, extra = (1e-4, 0.0) if self.eps is None else (0.0, self.eps * self.fan_in)
-        return self.input_scale, share, floor, extra
+        return cast(float, self.input_scale), self.fan_in / self.filter_size, floor, extra
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps:g}"
         return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}{eps}"
-
-
-class WSConv2d(WSConv, nn.Conv2d):
-    """2-D convolution with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
-
-    `padding`: "same" as TensorFlow places it, the odd zero after; "symmetric" as PyTorch does; or pixels a side.
-    """
-
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        groups=1,
-        input_scale=1.0,
-        *,
-        padding="same",
-        dilation=1,
-        bias=True,
-        eps=None,
-    ):
-        self.same = padding == "same"
-        if self.same:
-            padding = 0
-        elif padding == "symmetric":
-            padding = (stride - 1 + kernel_size - 1) // 2
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self._add_gain(input_scale, eps)
-
-    def forward(
-        self,
-        input: Tensor,
-        output_scale: Tensor | float | None = None,
-        before: Activation | None = None,
-    ) -> Tensor:
-        """The convolution of `before(input)`, which the backward pass computes once more if that saves memory.
-
-        `output_scale`, a scalar, multiplies the output by way of weight and bias.
-        """
-        weight, bias = self._scaled(output_scale)
-        if self.same:
-            return conv2d_same(input, weight, bias, self.stride[0], self.groups, before)
-        stride, padding, dilation = (cast(tuple[int, int], n) for n in (self.stride, self.padding, self.dilation))
-        recompute = before is not None and before.keeps_input
-        geometry = (stride, padding, dilation, self.groups)
-        return functional.conv2d(input, weight, bias, *geometry, before=before, recompute=recompute)
 
 
 @contextlib.contextmanager
@@ -214,32 +201,59 @@ def reuse_weights(model: nn.Module) -> Iterator[None]:
         optimizer.step()
 
     The gradients are those of standardizing in every pass; they reach weights and gains when the context is left, if
-    not by an error. Weights may not change within. Not for models that DDP or FSDP wrap: these wait for gradients pass
-    by pass.
+    not by an error. Weights may not change within. It holds for the thread, or the asyncio task, that enters it; others
+    may use the model meanwhile. Not for models that DDP or FSDP wrap: these wait for gradients pass by pass.
     """
     convs = [module for module in model.modules() if isinstance(module, WSConv)]
     weights = _standardized_weights(convs)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
-    for conv, leaf in zip(convs, leaves, strict=True):
-        conv._reused = leaf
+    token = REUSED.set({**REUSED.get(), **dict(zip(convs, leaves, strict=True))})
     try:
         yield
         grads = [leaf.grad for leaf in leaves]
         used = [weight for weight, grad in zip(weights, grads, strict=True) if grad is not None]
         torch.autograd.backward(used, [grad for grad in grads if grad is not None])
     finally:
-        for conv in convs:
-            conv._reused = None
+        REUSED.reset(token)
 
 
 def _standardized_weights(convs: Sequence[WSConv]) -> list[Tensor]:
     """`standardized_weight` of each, in one pass for those that have not one of their own."""
     plain = [conv for conv in convs if type(conv).standardized_weight is WSConv.standardized_weight]
     together = functional.standardize_all(
-        [conv.weight for conv in plain], [conv.gain for conv in plain], [conv._options(conv.weight) for conv in plain]
+        [conv.weight for conv in plain], [conv.gain for conv in plain], [conv._options() for conv in plain]
     )
     found = dict(zip(plain, together, strict=True))
     return [found[conv] if conv in found else conv.standardized_weight() for conv in convs]
+
+
+class _Initialized(nn.Module):
+    """Weights N(0, `std`²), cut at two deviations if `truncated`, bias 0, once there is a `std`."""
+
+    weight: Any
+    bias: Any
+    std: float | None = None
+    truncated = False
+
+    def initialize(self, std: float, truncated: bool = False) -> None:
+        self.std, self.truncated = std, truncated
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.std is None:  # PyTorch's constructor: a seed gives the random numbers that it has always given
+            cast(Any, super()).reset_parameters()
+            return
+        init_normal_(self.weight, self.std, self.truncated)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Linear(_Initialized, nn.Linear):
+    """`nn.Linear` with an initialisation of its owner's."""
+
+
+class _Conv1d(_Initialized, nn.Conv1d):
+    """`nn.Conv1d` with an initialisation of its owner's."""
 
 
 class SqueezeExcite(nn.Module):
@@ -250,11 +264,10 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_channels)
-        self.fc2 = nn.Linear(hidden_channels, channels)
+        self.fc1 = Linear(channels, hidden_channels)
+        self.fc2 = Linear(hidden_channels, channels)
         for fc in (self.fc1, self.fc2):
-            init_normal_(fc.weight, fc.in_features**-0.5, truncated=True)  # haiku's default for linear layers
-            nn.init.zeros_(fc.bias)
+            fc.initialize(fc.in_features**-0.5, truncated=True)  # haiku's default for linear layers
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.fc2(F.relu(self.fc1(functional.spatial_mean(x)))))[:, :, None, None]
@@ -274,8 +287,8 @@ class EfficientChannelAttention(nn.Module):
         self.channels = channels
         width = int((math.log2(channels) + 1) / 2)
         width = max(width if width % 2 else width + 1, 3)
-        self.conv = nn.Conv1d(1, 1, width, padding=width // 2, bias=False)
-        init_normal_(self.conv.weight, width**-0.5)
+        self.conv = _Conv1d(1, 1, width, padding=width // 2, bias=False)
+        self.conv.initialize(width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.conv(functional.spatial_mean(x)[:, None])).transpose(1, 2)[..., None]
@@ -295,22 +308,92 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep
+        return _drop_samples(x, self.rate) if self.training and self.rate else x
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}"
 
 
+def _drop_samples(x: Tensor, rate: float) -> Tensor:
+    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * keep
+
+
+fx.wrap("_drop_samples")  # torch.fx calls it as it is: it asks for dimensions
+
+
 class _WSConvNd(WSConv):
     """The constructor of the layers below: PyTorch's, and two keywords."""
 
-    def __init__(self, *args, input_scale: float = 1.0, eps: float | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, device: Any = None, input_scale: float = 1.0, eps: float | None = None, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs, **({} if device is None else {"device": device}))
         self._add_gain(input_scale, eps)
-        self.gain = nn.Parameter(self.weight.detach().new_ones(self.out_channels))  # on the weight's device
+
+
+class WSConv2d(_WSConvNd, nn.Conv2d):
+    """2-D convolution with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
+
+    `nn.Conv2d`'s arguments, and the keywords `input_scale` and `eps`. `padding` is pixels a side, "valid", or one of
+    two that also go with strides, of which they make output side = ceil(input side / stride): "same" places the odd
+    zero after, as TensorFlow does, and PyTorch where there is no stride; "symmetric" has
+    (stride - 1 + dilation * (kernel - 1)) // 2 pixels on either side, as timm does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        input_scale: float = 1.0,
+        eps: float | None = None,
+    ):
+        pixels = padding
+        if padding == "symmetric":
+            sizes = zip(*(_pair(size) for size in (kernel_size, stride, dilation)), strict=True)
+            pixels = tuple((s - 1 + d * (k - 1)) // 2 for k, s, d in sizes)
+        elif isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise InputError(f'padding {padding!r}: pixels, "same", "symmetric" or "valid"')
+            pixels = 0
+        rest = (stride, pixels, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *rest, input_scale=input_scale, eps=eps)
+        if padding == "same":  # PyTorch's constructor takes it without strides only
+            self.padding = "same"
+
+    def forward(
+        self,
+        input: Tensor,
+        output_scale: Tensor | float | None = None,
+        before: Activation | None = None,
+    ) -> Tensor:
+        """The convolution of `before(input)`, which the backward pass computes once more if that saves memory.
+
+        `output_scale`, a scalar, multiplies the output by way of weight and bias.
+        """
+        weight, bias = self._scaled(output_scale)
+        stride, padding, dilation = (cast(Pair, n) for n in (self.stride, self.padding, self.dilation))
+        if self.padding_mode != "zeros":
+            pads = self._reversed_padding_repeated_twice
+            if self.padding == "same":
+                pads = _same_pads(input, _extent(cast(Pair, self.kernel_size), dilation), stride)
+            made = F.pad(before(input) if before else input, pads, self.padding_mode)
+            return functional.conv2d(made, weight, bias, stride, (0, 0), dilation, self.groups)
+        if self.padding == "same":
+            return conv2d_same(input, weight, bias, stride, self.groups, before, dilation)
+        recompute = before is not None and before.keeps_input
+        geometry = (stride, padding, dilation, self.groups)
+        return functional.conv2d(input, weight, bias, *geometry, before=before, recompute=recompute)
 
 
 class _WSForward(_WSConvNd):
@@ -348,7 +431,7 @@ class _WSConvTransposeNd(_WSConvNd, nn.modules.conv._ConvTransposeNd):
 
     @property
     def fan_in(self) -> float:
-        return self.in_channels // self.groups * math.prod(self.kernel_size) / math.prod(self.stride)
+        return self.filter_size / math.prod(self.stride)
 
     def standardized_weight(self) -> Tensor:
         grouped = self.weight.unflatten(0, (self.groups, -1))  # (groups, in / groups, out / groups, ...)
@@ -398,10 +481,17 @@ class BranchEnd(WSConv):
     skip_gain: nn.Parameter
     alpha: Tensor
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, device=None, **kwargs):  # `device` by name, for torch.nn.utils.skip_init
+        super().__init__(*args, device=device, **kwargs)
         self.skip_gain = nn.Parameter(self.weight.detach().new_ones(()))
         self.register_buffer("alpha", self.weight.detach().new_ones(()))
+
+    def reset_parameters(self) -> None:
+        """As `WSConv`'s; α and its gain 1."""
+        super().reset_parameters()
+        if "skip_gain" in self._parameters:
+            nn.init.ones_(self.skip_gain)
+            nn.init.ones_(self.alpha)
 
     def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         scale = self.skip_gain * self.alpha
@@ -429,6 +519,11 @@ class SkipInit(nn.Module):
         super().__init__()
         self.skip_gain = nn.Parameter(torch.ones(()))
         self.register_buffer("alpha", torch.ones(()))
+
+    def reset_parameters(self) -> None:
+        """α and its gain 1."""
+        nn.init.ones_(self.skip_gain)
+        nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.skip_gain * self.alpha)

@@ -1,14 +1,25 @@
-"""Weight-standardized convolutions in one and three dimensions, and transposed ones, against float64 references."""
+"""Weight-standardized convolutions against float64 references: geometry, precision, shared weights, resetting."""
 
+import inspect
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from normfree import functional
+from normfree.config import InputError
 from normfree.layers import (
+    REUSED,
+    Activation,
+    BranchEndConv1d,
+    BranchEndConv2d,
+    BranchEndConv3d,
+    SkipInit,
     WSConv,
     WSConv1d,
     WSConv2d,
@@ -22,6 +33,7 @@ from normfree.models import create_model
 
 PLAIN = {
     WSConv1d: nn.Conv1d,
+    WSConv2d: nn.Conv2d,
     WSConv3d: nn.Conv3d,
     WSConvTranspose1d: nn.ConvTranspose1d,
     WSConvTranspose2d: nn.ConvTranspose2d,
@@ -158,6 +170,228 @@ def test_pytorch_arguments():
     torch.testing.assert_close(circular(x).roll(2, -1), circular(x.roll(2, -1)))
 
 
+GEOMETRIES = [
+    dict(dilation=2),
+    dict(stride=(2, 1)),
+    dict(stride=(1, 2), dilation=(2, 1)),
+    dict(stride=3, dilation=2, groups=2),
+    dict(kernel_size=(1, 3)),
+    dict(kernel_size=(5, 2), stride=(2, 3), dilation=(1, 2)),
+    dict(kernel_size=(3, 1), stride=(1, 2), groups=4),
+    dict(kernel_size=1, stride=(2, 1)),
+    dict(kernel_size=1, dilation=3),
+]
+
+
+def reference_pads(side: int, kernel: int, stride: int, dilation: int, padding: str | int) -> tuple[int, int]:
+    extent = (kernel - 1) * dilation + 1
+    if padding == "same":
+        total = max((math.ceil(side / stride) - 1) * stride + extent - side, 0)
+        return total // 2, total - total // 2
+    if padding == "symmetric":
+        return ((stride - 1 + extent - 1) // 2,) * 2
+    return (0 if padding == "valid" else int(padding),) * 2
+
+
+@pytest.mark.parametrize("padding", [0, (1, 2), "valid", "same", "symmetric"], ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_every_geometry_is_that_of_the_plain_convolution(geometry, padding):
+    """Values and gradients, odd and even sides, with an activation before it, in float32 by the kernels that fit."""
+    torch.manual_seed(0)
+    geometry = {"kernel_size": 3, **geometry}
+    layer = draw(WSConv2d(16, 32, padding=padding, input_scale=1.7, **geometry)).to(memory_format=torch.channels_last)
+    act = Activation("gelu")
+    for height, width in ((12, 13), (11, 16)):
+        x = torch.randn(2, 16, height, width).contiguous(memory_format=torch.channels_last).requires_grad_()
+        sizes = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
+        sides = padding if isinstance(padding, tuple) else (padding, padding)
+        (top, bottom), (left, right) = (
+            reference_pads(side, *size, each) for side, size, each in zip((height, width), sizes, sides, strict=True)
+        )
+        made = nn.functional.pad(act(x.double()), (left, right, top, bottom))
+        weight, bias = layer.standardized_weight().double(), layer.bias.double()
+        expected = nn.functional.conv2d(made, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+        ours = layer(x, before=act)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+        parameters = [x, *layer.parameters()]
+        grads, theirs = (torch.autograd.grad(out.square().sum(), parameters) for out in (ours, expected))
+        for grad, their in zip(grads, theirs, strict=True):
+            assert (grad - their).norm() <= 1e-5 * their.norm() + 1e-5
+        torch.testing.assert_close(layer(x[0]), layer(x[:1])[0], rtol=1e-5, atol=1e-5)  # one image without a batch
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [(1, 2), "same"])
+def test_padding_modes(mode, padding):
+    torch.manual_seed(0)
+    layer = draw(WSConv2d(4, 6, 3, (2, 1), padding, padding_mode=mode)).double()
+    x = torch.randn(1, 4, 8, 9, dtype=torch.float64)
+    pads = (2, 2, 1, 1) if padding == (1, 2) else (1, 1, 0, 1)
+    made = nn.functional.pad(torch.relu(x), pads, mode)
+    expected = nn.functional.conv2d(made, layer.standardized_weight(), layer.bias, (2, 1))
+    torch.testing.assert_close(layer(x, before=Activation("relu")), expected)
+
+
+def test_arguments_are_in_pytorchs_order():
+    for cls, dims in ((WSConv1d, 1), (WSConv2d, 2), (WSConv3d, 3)):
+        layer = cls(8, 16, 3, 2, 1, 2, 4, False, "replicate")
+        plain = PLAIN[cls](8, 16, 3, 2, 1, 2, 4, False, "replicate")
+        for name in ("stride", "padding", "dilation", "groups", "bias", "padding_mode"):
+            assert getattr(layer, name) == getattr(plain, name), name
+        x = torch.randn(1, 8, *[9] * dims)
+        assert layer(x).shape == plain(x).shape
+        assert cls(8, 16, 3)(x).shape == PLAIN[cls](8, 16, 3)(x).shape
+        with pytest.raises(TypeError):
+            cls(8, 16, 3, 1, 0, 1, 1, True, "zeros", "cpu", None, 1.7)  # input_scale goes by name
+    ours, theirs = (inspect.signature(cls).parameters.values() for cls in (WSConv2d, nn.Conv2d))
+    assert [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY] == [(p.name, p.default) for p in theirs]
+
+
+def test_paddings_that_there_are_not():
+    with pytest.raises(InputError, match="'full'"):
+        WSConv2d(2, 2, 3, padding="full")
+    with pytest.raises(ValueError, match="strided"):
+        WSConv1d(2, 2, 3, 2, padding="same")
+    assert "padding=same" in repr(WSConv2d(2, 2, 3, 2, padding="same"))
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@HALVES
+@pytest.mark.parametrize("options", [(1.0, 1e-4, 0.0), (0.25, 1e-4, 0.0), (1.0, 0.0, 1e-2)], ids=str)
+@pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (300.0, 0.0), (2e-3, 0.0), (0.01, 0.3), (1e-4, 0.0)])
+def test_half_precision_standardizes_as_float64_does(dtype, options, size, offset):
+    """To one rounding of the result, gradients too, one by one and together, whatever the size of the weights."""
+    torch.manual_seed(0)
+    weight = (torch.randn(8, 48, 3, 3) * size + offset).to(dtype).requires_grad_()
+    gain = torch.rand(8).add(0.5).to(dtype).requires_grad_()
+    grad, options = torch.randn(8, 48, 3, 3).to(dtype), (1.7, *options)
+    wide = [t.detach().double().requires_grad_() for t in (weight, gain)]
+    expected = functional._standardize(*wide, *options)
+    true = torch.autograd.grad(expected, wide, grad.double())
+    unit = torch.finfo(dtype).eps
+    (together,) = functional.standardize_all([weight], [gain], [options])
+    for out, slack in ((functional.standardize(weight, gain, *options), 1), (together, 3)):
+        assert out.dtype == dtype
+        tiny = slack * torch.finfo(dtype).smallest_normal * unit  # a float16 that is subnormal
+        torch.testing.assert_close(out.double(), expected, rtol=slack * unit, atol=tiny)
+        for ours, theirs in zip(torch.autograd.grad(out, (weight, gain), grad), true, strict=True):
+            if theirs.abs().max() < torch.finfo(dtype).max:
+                assert ours.dtype == dtype
+                assert (ours.double() - theirs).abs().max() <= 4 * unit * theirs.abs().max() + tiny
+
+
+RESET = [*PLAIN, BranchEndConv1d, BranchEndConv2d, BranchEndConv3d]
+
+
+@pytest.mark.parametrize("cls", RESET, ids=lambda cls: cls.__name__)
+def test_reset_parameters_initialises_what_memory_held(cls):
+    torch.manual_seed(0)
+    layer = torch.nn.utils.skip_init(cls, 32, 48, 3, groups=2)
+    assert layer.weight.device.type == "cpu"
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.fill_(math.nan)
+    layer.reset_parameters()
+    assert layer.weight.std().item() == pytest.approx(layer.fan_in**-0.5, rel=0.05)
+    assert (layer.bias == 0).all()
+    rest = [t for name, t in layer.state_dict().items() if name not in ("weight", "bias")]
+    assert len(rest) == (3 if "BranchEnd" in cls.__name__ else 1)
+    assert all((t == 1).all() for t in rest)
+
+
+def test_skip_init_module_is_reset():
+    layer = SkipInit().to_empty(device="cpu")
+    with torch.no_grad():
+        layer.skip_gain.fill_(7), layer.alpha.fill_(7)
+    layer.reset_parameters()
+    assert layer.skip_gain == layer.alpha == 1
+
+
+def test_threads_do_not_share_reused_weights():
+    """One evaluates, one trains, at one model; each gets what it would alone."""
+    torch.manual_seed(0)
+    model = create_model("nfnet_nano", 5, depth=(1, 1, 1, 1), width=(16, 16, 16, 16), drop_rate=0.0).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    both, left = threading.Barrier(2, timeout=60), threading.Event()
+
+    def evaluate() -> Tensor:
+        with torch.inference_mode(), reuse_weights(model):
+            both.wait()  # the other is within, too
+            out = model(x)
+            both.wait()
+        left.set()
+        return out
+
+    def train() -> bool:
+        with reuse_weights(model):
+            both.wait()
+            both.wait()
+            left.wait(60)
+            reused = len(REUSED.get()) > 0
+            model(x).square().sum().backward()
+        return reused
+
+    with ThreadPoolExecutor(2) as pool:
+        evaluated, trained = pool.submit(evaluate), pool.submit(train)
+        assert trained.result()
+        torch.testing.assert_close(evaluated.result(), expected)
+    for p, grad in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    assert not REUSED.get()
+
+
+def test_nested_reuse_gives_the_outer_weights_back():
+    """An evaluation within a step, and a step within an evaluation; asyncio's tasks have contexts of their own."""
+    torch.manual_seed(0)
+    layer, x = WSConv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
+    layer(x).square().sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with reuse_weights(layer):
+        outer = REUSED.get()[layer]
+        layer(x[:1]).square().sum().backward()
+        with torch.no_grad(), reuse_weights(layer):
+            assert REUSED.get()[layer] is not outer
+            layer(x)
+        assert REUSED.get()[layer] is outer
+        layer(x[1:]).square().sum().backward()
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
+    layer.zero_grad()
+    with torch.no_grad(), reuse_weights(layer), torch.enable_grad(), reuse_weights(layer):
+        layer(x).square().sum().backward()
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
+    one, other = copy_context(), copy_context()
+    with_one = one.run(reuse_weights, layer)
+    one.run(with_one.__enter__)
+    assert not other.run(REUSED.get)
+    one.run(with_one.__exit__, None, None, None)
+
+
+def test_a_recomputation_in_another_thread_reuses_the_same_weights():
+    """Autograd's thread of a GPU computes checkpointed blocks once more; here, one started by hand."""
+    torch.manual_seed(0)
+    model = create_model("nfnet_nano", 5, depth=(1, 1, 1, 1), width=(16, 16, 16, 16), drop_rate=0.0).double().eval()
+    model.set_grad_checkpointing()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with reuse_weights(model):
+        loss = model(x).square().sum()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
 @pytest.mark.parametrize("architecture", ["nfnet_nano", "nf_resnet26"])
 def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypatch):
     """Micro-batches with one standardization equal the whole batch, whose mean loss is that of theirs."""
@@ -204,13 +438,13 @@ def test_layers_with_weights_of_their_own_are_standardized_by_themselves():
         nn.init.normal_(layer.gain)
     with torch.no_grad(), reuse_weights(layers):
         for layer in layers:
-            torch.testing.assert_close(layer._reused, layer.standardized_weight(), rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(REUSED.get()[layer], layer.standardized_weight(), rtol=1e-12, atol=1e-15)
 
 
 def test_reused_weights_are_forgotten_after_an_error():
     layer, images = WSConv3d(2, 3, 1), torch.randn(1, 2, 1, 1, 1)
     with pytest.raises(RuntimeError, match="implicitly"), reuse_weights(layer):
         layer(images).backward()
-    assert layer._reused is None
+    assert layer not in REUSED.get()
     with torch.inference_mode(), reuse_weights(layer):
-        torch.testing.assert_close(layer._reused, layer.standardized_weight())
+        torch.testing.assert_close(REUSED.get()[layer], layer.standardized_weight())

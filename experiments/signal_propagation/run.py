@@ -50,7 +50,8 @@ def uncorrected_resnet50() -> Network:
     model = normfree.create_model(NF, alpha=1.0)
     for name, conv in list(model.named_modules()):
         if isinstance(conv, WSConv2d):
-            plain = PlainConv2d(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.groups)
+            sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+            plain = PlainConv2d(*sizes, padding=conv.padding, groups=conv.groups)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
     he_init_(model)

@@ -8,7 +8,7 @@ from typing import Any
 from normfree.models.files import convert_weights, from_weights, load, save
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.nfnet import NFNet
-from normfree.models.table import TABLE, build, find_variant, list_models
+from normfree.models.table import TABLE, build, find_variant, list_models, our_words
 
 __all__ = [
     "TABLE",
@@ -42,7 +42,8 @@ def create_model(
             "hf://owner/name". Options that the file records are taken over. So is its classifier where `num_classes`
             agrees; where it differs, a fresh one stays. The first convolution is adapted where `in_channels` differs.
         overrides: any option of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
-            `features_only`; None keeps the file's or the variant's value.
+            `features_only`; None keeps the file's or the variant's value. timm's `in_chans` and `drop_path_rate` are
+            understood as `in_channels` and `stochastic_depth`.
 
     Raises:
         InputError: unknown name or option, impossible value, weights of another architecture.
@@ -52,7 +53,8 @@ def create_model(
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    overrides = {key: value for key, value in overrides.items() if value is not None}
+    overrides = our_words({"in_channels": None if in_channels == 3 else in_channels} | overrides)
+    in_channels = overrides.pop("in_channels", 3)
     if weights is None:
         return build(name, num_classes, in_channels, overrides)
     return from_weights(name, num_classes, in_channels, weights, overrides)[0]

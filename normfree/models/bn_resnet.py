@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normfree import functional
 from normfree.config import Four
-from normfree.layers import ACTIVATIONS, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
+from normfree.layers import ACTIVATIONS, Pair, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
 from normfree.models.network import (
     Block,
     ClassifierHead,
@@ -25,6 +26,8 @@ from normfree.models.network import (
     same_avg_pool,
 )
 from normfree.models.nfnet import SMALL_VARIANTS
+
+fx.wrap("conv2d_same")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class SameConv2d(nn.Conv2d):
         init_normal_(self.weight, self.weight[0].numel() ** -0.5, truncated=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv2d_same(input, self.weight, None, self.stride[0], self.groups)
+        stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
+        return conv2d_same(input, self.weight, None, stride, self.groups, dilation=dilation)
 
 
 class BNAct(nn.Module):
@@ -138,6 +142,8 @@ class BNResBlock(Block):
 class BNResNet(Network):
     """The BN twin of `NFResNet`: released code, resnet.py. Averages of the statistics have momentum 0.1 (decay 0.9)."""
 
+    final_norm = True
+
     def __init__(
         self,
         width: Sequence[int],
@@ -147,6 +153,7 @@ class BNResNet(Network):
         *,
         drop_rate: float = 0.0,
         activation: str = "relu",
+        global_pool: str = "avg",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -171,7 +178,7 @@ class BNResNet(Network):
         self.feature_info = FeatureInfo(taps)
         self.final_conv = nn.Identity()
         self.act = BNAct(channels, activation)
-        head = ClassifierHead(channels, num_classes, drop_rate, std=0.0)
+        head = ClassifierHead(channels, num_classes, drop_rate, global_pool, std=0.0)
         self._finish(num_classes, in_channels, channels, head, features_only, out_indices)
 
 
@@ -228,6 +235,8 @@ class BNNFNet(Network):
     Its code was not released: the order BN, then activation, follows the published ResNets, everything else NFNet-F.
     """
 
+    final_norm = True
+
     def __init__(
         self,
         width: Sequence[int],
@@ -241,6 +250,7 @@ class BNNFNet(Network):
         group_width: int = 128,
         stem_channels: Sequence[int] = (16, 32, 64),
         stem_strides: Sequence[int] = (2, 1, 1, 2),
+        global_pool: str = "avg",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -272,5 +282,5 @@ class BNNFNet(Network):
         self.feature_info = FeatureInfo(taps)
         self.final_conv = SameConv2d(channels, 2 * channels, 1)
         self.act = BNAct(2 * channels, activation)
-        head = ClassifierHead(2 * channels, num_classes, drop_rate)
+        head = ClassifierHead(2 * channels, num_classes, drop_rate, global_pool)
         self._finish(num_classes, in_channels, 2 * channels, head, features_only, out_indices)

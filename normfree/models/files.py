@@ -24,8 +24,8 @@ from normfree.weights.file import Report, file_kind, read_weights, some, write_w
 from normfree.weights.states import plain_names, read_state
 
 Format = Literal["normfree", "timm", "deepmind"]
-# what training alone sees: two networks that differ in it compute the same
-TRAINING_ONLY = {"drop_rate", "stochastic_depth", "skip_init", "features_only", "out_indices"}
+# what training alone sees, or what is left out at the end: two networks that differ in it have the same weights
+TRAINING_ONLY = {"drop_rate", "stochastic_depth", "skip_init", "global_pool", "features_only", "out_indices"}
 GELUS = ("gelu", "gelu_erf")
 
 

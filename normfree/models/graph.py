@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
+from normfree import functional
 from normfree.config import InputError
 from normfree.models.bn_resnet import SameConv2d
 
@@ -31,7 +32,7 @@ CONVS = nn.modules.conv._ConvNd
 PLAIN_CONVS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, SameConv2d.forward)
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-ADDCMULS = (torch.addcmul, "addcmul", "addcmul_")
+ADDCMULS = (torch.addcmul, "addcmul", "addcmul_", functional.gated_sum)
 MULS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 GLOBAL_MEANS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, torch.mean, "mean")

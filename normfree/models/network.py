@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,47 +15,71 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree import functional
 from normfree.config import InputError
-from normfree.layers import Activation, WSConv2d, init_normal_, same_padding
+from normfree.layers import REUSED, Activation, Linear, WSConv2d, same_padding
 from normfree.weights import ModelInfo
 
 
 class FeatureInfo(list[dict]):
-    """timm's convention: one {num_chs, reduction, module} for each feature map, and the columns by name."""
+    """timm's convention: one {num_chs, reduction, module, index} for each feature map, and what is asked of them.
 
-    def channels(self) -> list[int]:
-        return [row["num_chs"] for row in self]
+    Without `idx` the answers are for the maps that the network returns, `out_indices`; with it for that map or those.
+    """
 
-    def reduction(self) -> list[int]:
-        return [row["reduction"] for row in self]
+    def __init__(self, rows: Iterable[dict] = (), out_indices: Sequence[int] | None = None):
+        super().__init__({**row, "index": i} for i, row in enumerate(rows))
+        self.out_indices = tuple(range(len(self)) if out_indices is None else out_indices)
 
-    def module_name(self) -> list[str]:
-        return [row["module"] for row in self]
+    @property
+    def info(self) -> list[dict]:
+        return list(self)
 
+    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
+        if isinstance(idx, int):
+            return self[idx] if keys is None else {key: self[idx][key] for key in keys}
+        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
 
-def make_classifier(in_features: int, num_classes: int, std: float) -> nn.Module:
-    """Weights N(0, std²), bias 0; no layer for no classes."""
-    if not num_classes:
-        return nn.Identity()
-    fc = nn.Linear(in_features, num_classes)
-    init_normal_(fc.weight, std)
-    nn.init.zeros_(fc.bias)
-    return fc
+    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
+        return self[idx][key] if isinstance(idx, int) else [row[key] for row in self.get_dicts(idx=idx)]
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("num_chs", idx)
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("reduction", idx)
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("module", idx)
 
 
 class ClassifierHead(nn.Module):
     """Global average pool, dropout, linear layer: (N, C, H, W) -> (N, num_classes); num_classes 0: no linear layer.
 
-    `scale` multiplies the pooled features; `std` is the deviation of a new classifier's weights.
+    `global_pool` "": no pool either, for maps (N, C, H, W). `std` is the deviation of a new classifier's weights, whose
+    bias is 0.
     """
 
-    def __init__(self, in_features: int, num_classes: int, drop_rate: float, scale: float = 1.0, std: float = 0.01):
+    def __init__(
+        self, in_features: int, num_classes: int, drop_rate: float, global_pool: str = "avg", std: float = 0.01
+    ):
         super().__init__()
-        self.scale, self.std = scale, std
+        self.global_pool, self.std = global_pool, std
         self.drop = nn.Dropout(drop_rate)
-        self.fc = make_classifier(in_features, num_classes, std)
+        self.reset(in_features, num_classes)
+
+    def reset(self, in_features: int, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; None keeps the pooling."""
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", ""):
+            raise InputError(f'global_pool {global_pool!r}: "avg", or "" for maps')
+        if num_classes < 0 or (num_classes and not global_pool):
+            raise InputError(f'num_classes {num_classes}: 0 or more, and 0 with global_pool ""')
+        self.global_pool, self.fc = global_pool, nn.Identity()
+        if num_classes:
+            self.fc = Linear(in_features, num_classes)
+            self.fc.initialize(self.std)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = functional.spatial_mean(x) * self.scale
+        pooled = functional.spatial_mean(x) if self.global_pool else x
         return pooled if pre_logits else self.fc(self.drop(pooled))
 
 
@@ -62,6 +88,20 @@ class Block(nn.Module):
 
     stride: int
     conv_shortcut: nn.Module | None  # None: the shortcut is the identity
+    skip_init: float | None = None  # first value of the SkipInit gain, where there is one
+
+    def _add_skip_gain(self, skip_init: float | None, last_conv: WSConv2d) -> None:
+        """The SkipInit gain; None for None, and then the gains of the last convolution start at 0 (timm)."""
+        self.skip_init = skip_init
+        self.skip_gain = None if skip_init is None else nn.Parameter(torch.tensor(float(skip_init)))
+        if skip_init is None:
+            last_conv.initial_gain = 0.0
+            nn.init.zeros_(last_conv.gain)
+
+    def reset_parameters(self) -> None:
+        """The block's own: the SkipInit gain."""
+        if self.skip_init is not None:
+            nn.init.constant_(cast(Tensor, self.skip_gain), self.skip_init)
 
     def branch(self, x: Tensor) -> Tensor:
         """The end of the residual branch: after squeeze-excite, before stochastic depth, SkipInit gain and α."""
@@ -102,16 +142,20 @@ def same_avg_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 2)
 
 
-class BuffersKept:
-    """Context that hands the buffers of `module`, such as running averages, back as it found them."""
+class Recomputation:
+    """Context in which `module` is computed once more: with the weights of the first time (`reuse_weights`), though by
+    another thread, and with buffers, such as running averages, handed back as they were found.
+    """
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module, self.reused = module, REUSED.get()
 
     def __enter__(self) -> None:
+        self.token = REUSED.set(self.reused)
         self.kept = [buffer.clone() for buffer in self.module.buffers()]
 
     def __exit__(self, *error: object) -> None:
+        REUSED.reset(self.token)
         for buffer, kept in zip(self.module.buffers(), self.kept, strict=True):
             buffer.copy_(kept)
 
@@ -120,21 +164,26 @@ def rematerialize(block: nn.Module, x: Tensor) -> Tensor:
     """`block(x)`, computed once more in the backward pass, where no running average counts the batch again."""
     if torch.compiler.is_compiling():  # the compiler repeats no update, and takes no context
         return checkpoint(block, x, use_reentrant=False)
-    contexts = nullcontext(), BuffersKept(block)
+    contexts = nullcontext(), Recomputation(block)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
+def run_stem(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Layers in a row; an activation is the next convolution's to compute."""
+    before = None
+    for layer in layers:
+        if isinstance(layer, Activation):
+            before = layer
+        else:
+            x, before = layer(x) if before is None else layer(x, before=before), None
+    return x
+
+
 class Stem(nn.Sequential):
-    """Convolutions in a row, and activations, each of which is the next convolution's to compute."""
+    """Convolutions in a row, and activations."""
 
     def forward(self, input: Tensor) -> Tensor:
-        before = None
-        for layer in self:
-            if isinstance(layer, Activation):
-                before = layer
-            else:
-                input, before = layer(input, before=before), None
-        return input
+        return run_stem(self, input)
 
 
 class Stage(nn.Sequential):
@@ -165,6 +214,7 @@ class Network(nn.Module):
     feature_tap: str  # name of the stem's layer whose output is feature map 0
     info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
     out_indices: tuple[int, ...] | None = None
+    final_norm = False  # whether `act` normalizes
 
     def _finish(
         self,
@@ -186,39 +236,83 @@ class Network(nn.Module):
         """Its place in `stem`."""
         return [name for name, _ in self.stem.named_children()].index(self.feature_tap.removeprefix("stem."))
 
-    def _select_features(self, indices: Sequence[int]) -> None:
-        if not indices or not all(-5 <= i < 5 for i in indices):
-            raise InputError(f"out_indices {list(indices)}: this network has the feature maps 0 to 4")
-        self.out_indices = tuple(sorted({i % 5 for i in indices}))
-        self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
+    def _select_features(self, indices: int | Sequence[int]) -> None:
         # what no requested map needs is taken out, so that every parameter left has a gradient
-        last = self.out_indices[-1]
+        self.out_indices = tuple(self.prune_intermediate_layers(self._take(indices, "out_indices"), prune_norm=True))
+        self.feature_info = FeatureInfo(self.feature_info, self.out_indices)
+
+    def _take(self, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+        """Feature maps by number, in their order: the last n for an integer, those that are returned for None."""
+        num_maps = len(self.stages) + 1
+        if indices is None:
+            indices = self.out_indices or range(num_maps)
+        elif isinstance(indices, int):
+            indices = range(num_maps - indices, num_maps)
+        if not indices or not all(-num_maps <= i < num_maps for i in indices):
+            raise InputError(f"{name} {list(indices)}: this network has the feature maps 0 to {num_maps - 1}")
+        return sorted({i % num_maps for i in indices})
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Takes out what the feature maps `indices` (as in `forward_intermediates`) do not need; returns their numbers.
+
+        `prune_norm`: the last normalization, in batch-normalized networks; `prune_head`: pooling and classifier.
+        """
+        taken = self._take(indices)
+        last, shorter = taken[-1], taken[-1] < len(self.stages)
         if last == 0:
             self.stem = self.stem[: self._stem_tap + 1]
         self.stages = self.stages[:last]
-        if last < 4:
+        if shorter:
             self.final_conv = nn.Identity()
-        self.act = nn.Identity()
-        self.head.fc = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if shorter or (prune_norm and self.final_norm):
+            self.act, self.info = nn.Identity(), None  # a weight file could not name it
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return taken
 
-    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        """The feature maps of `feature_info`, before the activation that follows them (timm's taps)."""
-        wanted = self.out_indices or range(5)
-        x = self.stem[: self._stem_tap + 1](x)
-        maps = [x] if 0 in wanted else []
-        if wanted[-1] > 0:
-            x = self.stem[self._stem_tap + 1 :](x)
-        for i, stage in enumerate(self.stages, 1):
-            x = stage(x)
-            if i in wanted:
-                maps.append(self.final_conv(x) if i == 4 else x)
-        return maps
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Feature maps of `feature_info`, before the activation that follows them (timm's taps), and what comes after.
+
+        Args:
+            indices: numbers of maps, from the end if negative; an integer n: the last n; None: all.
+            norm: in batch-normalized networks the last map after normalization and activation.
+            stop_early: compute nothing after the last of `indices`.
+            output_fmt: "NCHW".
+            intermediates_only: leave the features out.
+
+        Returns:
+            (features, list of maps): `forward_features(x)`, or with `stop_early` what the last stage that was needed
+            gives; or the list of maps.
+        """
+        if output_fmt != "NCHW":
+            raise InputError(f'output_fmt {output_fmt!r}: "NCHW" alone')
+        taken, layers = self._take(indices), list(self.stem)
+        end = taken[-1] if stop_early or intermediates_only else len(self.stages)
+        x = run_stem(layers[: self._stem_tap + 1], x)
+        maps = [x] if 0 in taken else []
+        if end or not intermediates_only:
+            x = run_stem(layers[self._stem_tap + 1 :], x)
+        for i, stage in enumerate(list(self.stages)[:end], 1):
+            x = self.final_conv(stage(x)) if i == 4 else stage(x)
+            if i in taken:
+                maps.append(self.act(x) if i == 4 and norm and self.final_norm else x)
+        if intermediates_only:
+            return maps
+        return self.act(x) if end == len(self.stages) else x, maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features, H / 32, W / 32), after the last activation.
-
-        Its γ is applied by `forward_head`, after pooling.
-        """
+        """(N, in_channels, H, W) -> (N, num_features, h, w), after the last activation, γ included."""
         return self.act(self.final_conv(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -227,7 +321,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.out_indices is not None:
-            return self.forward_intermediates(x)
+            return self.forward_intermediates(x, intermediates_only=True)
         return self.forward_head(self.forward_features(x))
 
     def count_macs(self, px: int) -> int:
@@ -247,11 +341,59 @@ class Network(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none.
+
+        `global_pool`: "avg", or "" for maps where there are no classes; None as before. `info` follows: what the
+        classes are called is no longer known.
+        """
+        if self.out_indices is not None:
+            raise InputError("a network with features_only has no classifier to reset")
         like = next(self.parameters())
+        self.head.reset(self.num_features, num_classes, global_pool)
+        self.head.fc.to(like.device, like.dtype)
         self.num_classes = num_classes
-        self.head.fc = make_classifier(self.num_features, num_classes, self.head.std).to(like.device, like.dtype)
+        if self.info is not None:
+            pooling = {"global_pool": self.head.global_pool}
+            overrides = {key: value for key, value in self.info.overrides.items() if key != "global_pool"}
+            overrides |= {} if self.head.global_pool == "avg" else pooling
+            self.info = replace(self.info, num_classes=num_classes, class_names=(), overrides=overrides)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What timm says of a network: pixels, preparation, and the names of its first and last layer."""
+        cfg = dict(num_classes=self.num_classes, classifier="head.fc")
+        cfg |= dict(first_conv=f"stem.{next(name for name, _ in self.stem.named_children())}")
+        if self.info is None:
+            return cfg
+        info, reduction = self.info, self.feature_info[-1]["reduction"]
+
+        def square(side: int) -> tuple[int, int]:
+            return side, side
+
+        crop = info.crop_fraction if info.eval_crop == "center" else info.eval_px / (info.eval_px + 32)
+        return cfg | dict(
+            architecture=info.architecture,
+            input_size=(info.in_channels, *square(info.train_px)),
+            test_input_size=(info.in_channels, *square(info.eval_px)),
+            pool_size=square(-(-info.train_px // reduction)),
+            mean=info.mean,
+            std=info.std,
+            interpolation="bicubic",
+            crop_pct=crop,
+            crop_mode="squash" if info.eval_crop == "resize_crop" else "center",
+        )
+
+    default_cfg = pretrained_cfg
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of parameters by depth, for layer-wise learning rates; `coarse`: by stage, not by block."""
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return dict(stem=r"^stem", blocks=[(block, None), (r"^final_conv|^act", (99999,))])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: gains, biases, SkipInit gains (`param_groups`)."""
+        return {name for name, p in self.named_parameters() if p.ndim <= 1}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -273,14 +415,6 @@ def block_schedule(depth: Sequence[int], alpha: float, rate: float) -> Iterator[
             yield stage, i, expected_var**-0.5, rate * index / sum(depth)
             index += 1
             expected_var = (1.0 if i == 0 else expected_var) + alpha**2
-
-
-def make_skip_gain(skip_init: float | None, last_conv: WSConv2d) -> nn.Parameter | None:
-    """The SkipInit gain of a block; None for None, and then the gains of its last convolution start at 0 (timm)."""
-    if skip_init is not None:
-        return nn.Parameter(torch.tensor(float(skip_init)))
-    nn.init.zeros_(last_conv.gain)
-    return None
 
 
 def check_four(**options: Sequence[int] | None) -> None:

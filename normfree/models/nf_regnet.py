@@ -21,7 +21,6 @@ from normfree.models.network import (
     check_padding,
     check_rates,
     conv_macs,
-    make_skip_gain,
     same_avg_pool,
 )
 
@@ -79,13 +78,13 @@ class NFRegBlock(Block):
         self.stride, self.alpha = stride, alpha
         gamma = self.act.gamma
         self.conv0 = conv(in_channels, mid_channels, 1, input_scale=beta * gamma)
-        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
+        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups=groups, input_scale=gamma)
         self.se = SqueezeExcite(mid_channels, se_channels)
         self.conv2 = conv(mid_channels, out_channels, 1, input_scale=gamma)
         projects = stride > 1 or in_channels != out_channels
         self.conv_shortcut = conv(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = make_skip_gain(skip_init, self.conv2)
+        self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -120,8 +119,8 @@ class NFRegNet(Network):
             very first block.
         channel_divisor: the widths inside a block are rounded to multiples of it, 8 in timm.
         final_width: output channels of the last convolution; None: 1280 / 440 times `width[3]`.
-        drop_rate, stochastic_depth, skip_init, skip_gain, gamma_in_conv, padding, ws_eps, features_only, out_indices:
-            as in `NFNet`.
+        drop_rate, stochastic_depth, skip_init, skip_gain, gamma_in_conv, padding, ws_eps, global_pool, features_only,
+            out_indices: as in `NFNet`.
     """
 
     def __init__(
@@ -145,6 +144,7 @@ class NFRegNet(Network):
         gamma_in_conv: bool = False,
         padding: str = "same",
         ws_eps: float | None = None,
+        global_pool: str = "avg",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -152,7 +152,7 @@ class NFRegNet(Network):
         check_four(width=width, depth=depth)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
         check_padding(padding)
-        self.act = Activation(activation)
+        self.act = Activation(activation, scaled=not gamma_in_conv)
         outer_scale = self.act.gamma if gamma_in_conv else 1.0
         conv = partial(WSConv2d, padding=padding, eps=ws_eps)
         channels = width[0]
@@ -188,5 +188,5 @@ class NFRegNet(Network):
         taps[-1] |= dict(num_chs=final, module="final_conv")
         self.feature_info = FeatureInfo(taps)
         self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
-        head = ClassifierHead(final, num_classes, drop_rate, scale=self.act.gamma / outer_scale, std=0.0)
+        head = ClassifierHead(final, num_classes, drop_rate, global_pool, std=0.0)
         self._finish(num_classes, in_channels, final, head, features_only, out_indices)

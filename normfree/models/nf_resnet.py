@@ -23,7 +23,6 @@ from normfree.models.network import (
     check_padding,
     check_rates,
     conv_macs,
-    make_skip_gain,
     same_avg_pool,
 )
 
@@ -85,7 +84,7 @@ class NFResBlock(Block):
         elif se_ratio is not None:
             self.se = SqueezeExcite(out_channels, max(1, int(out_channels * se_ratio)))
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = make_skip_gain(skip_init, self.conv2)
+        self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -121,8 +120,8 @@ class NFResNet(Network):
             inside the blocks, and of the first stage's that of the stem.
         se_ratio: squeeze-excite with this share of the channels, 0.25 in the released code; None: without.
         pool_shortcut: 2x2 mean and 1x1 convolution, as in timm, where a shortcut is otherwise a strided convolution.
-        drop_rate, stochastic_depth, skip_init, skip_gain, eca, gamma_in_conv, padding, ws_eps, features_only,
-            out_indices: as in `NFNet`.
+        drop_rate, stochastic_depth, skip_init, skip_gain, eca, gamma_in_conv, padding, ws_eps, global_pool,
+            features_only, out_indices: as in `NFNet`.
     """
 
     def __init__(
@@ -144,6 +143,7 @@ class NFResNet(Network):
         gamma_in_conv: bool = False,
         padding: str = "same",
         ws_eps: float | None = None,
+        global_pool: str = "avg",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -151,7 +151,7 @@ class NFResNet(Network):
         check_four(width=width, depth=depth)
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
         check_padding(padding)
-        self.act = Activation(activation)
+        self.act = Activation(activation, scaled=not gamma_in_conv)
         outer_scale = self.act.gamma if gamma_in_conv else 1.0
         conv = partial(WSConv2d, padding=padding, eps=ws_eps)
         channels = width[0] // 4
@@ -184,5 +184,5 @@ class NFResNet(Network):
         taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
         self.feature_info = FeatureInfo(taps)
         self.final_conv = nn.Identity()
-        head = ClassifierHead(channels, num_classes, drop_rate, scale=self.act.gamma / outer_scale)
+        head = ClassifierHead(channels, num_classes, drop_rate, global_pool)
         self._finish(num_classes, in_channels, channels, head, features_only, out_indices)

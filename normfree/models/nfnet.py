@@ -24,7 +24,6 @@ from normfree.models.network import (
     check_rates,
     check_stem,
     conv_macs,
-    make_skip_gain,
     same_avg_pool,
 )
 
@@ -135,15 +134,15 @@ class NFBlock(Block):
         self.stride, self.alpha = stride, alpha
         gamma = self.act.gamma
         self.conv0 = conv(in_channels, mid_channels, 1, input_scale=beta * gamma)
-        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups, input_scale=gamma)
-        self.conv1b = conv(mid_channels, mid_channels, 3, 1, groups, input_scale=gamma) if second_conv else None
+        self.conv1 = conv(mid_channels, mid_channels, 3, stride, groups=groups, input_scale=gamma)
+        self.conv1b = conv(mid_channels, mid_channels, 3, groups=groups, input_scale=gamma) if second_conv else None
         self.conv2 = conv(mid_channels, out_channels, 1, input_scale=gamma)
         projects = stride > 1 or in_channels != out_channels
         self.conv_shortcut = conv(in_channels, out_channels, 1, input_scale=beta * gamma) if projects else None
         hidden = max(1, int(out_channels * se_ratio))
         self.se = EfficientChannelAttention(out_channels) if eca else SqueezeExcite(out_channels, hidden)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
-        self.skip_gain = make_skip_gain(skip_init, self.conv2)
+        self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -192,7 +191,9 @@ class NFNet(Network):
         padding: of strided convolutions: "same" as TensorFlow and the released weights, or "symmetric" as PyTorch.
         ws_eps: weight standardization's epsilon, timm's way; None: the released code's (`WSConv`).
         stochastic_depth: rate r; block i of n is skipped with probability r * i / n.
-        features_only: return the list of feature maps `out_indices` of `feature_info` instead of logits.
+        global_pool: "avg", or "" for the maps themselves, with `num_classes` 0.
+        features_only: return the list of feature maps `out_indices` of `feature_info` instead of logits; an integer
+            n as `out_indices` is the last n.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class NFNet(Network):
         gamma_in_conv: bool = False,
         padding: str = "same",
         ws_eps: float | None = None,
+        global_pool: str = "avg",
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
     ):
@@ -227,7 +229,7 @@ class NFNet(Network):
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
         check_stem(stem_channels, stem_strides)
         check_padding(padding)
-        self.act = Activation(activation)
+        self.act = Activation(activation, scaled=not gamma_in_conv)
         gamma = self.act.gamma
         outer_scale = gamma if gamma_in_conv else 1.0
         conv = partial(WSConv2d, padding=padding, eps=ws_eps)
@@ -273,5 +275,5 @@ class NFNet(Network):
         taps[-1] |= dict(num_chs=final, module="final_conv")
         self.feature_info = FeatureInfo(taps)
         self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
-        head = ClassifierHead(final, num_classes, drop_rate, scale=gamma / outer_scale)
+        head = ClassifierHead(final, num_classes, drop_rate, global_pool)
         self._finish(num_classes, in_channels, final, head, features_only, out_indices)

@@ -28,6 +28,29 @@ TABLE: dict[str, tuple[type[Network], Any]] = {
 }
 
 
+ALIASES = {"in_chans": "in_channels", "drop_path_rate": "stochastic_depth"}  # timm's names of options
+# other words of timm's -> ours
+TIMM_WORDS = {
+    "act_layer": "activation",
+    "attn_layer": "se_ratio",
+    "bottle_ratio": "bottleneck_width",
+    "ch_div": "channel_divisor",
+    "channels": "width",
+    "checkpoint_path": "weights",
+    "depths": "depth",
+    "drop_path": "stochastic_depth",
+    "extra_conv": "second_conv",
+    "gamma_in_act": "gamma_in_conv",
+    "group_size": "group_width",
+    "num_features": "final_width",
+    "pretrained": "weights",
+    "same_padding": "padding",
+    "skipinit": "skip_gain",
+    "std_conv_eps": "ws_eps",
+    "stem_chs": "stem_channels",
+}
+
+
 class Variant(Protocol):
     """What every row of every table has: pixels, and ImageNet top-1 at `eval_px` as published, or nothing."""
 
@@ -60,6 +83,26 @@ def _options(family: type[Network]) -> list[str]:
     return [name for name in names if name not in ("self", "num_classes", "in_channels")]
 
 
+def our_words(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` without what is None, which stands for the default, and by our names where they have timm's."""
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        ours = ALIASES.get(key, key)
+        if value is not None and given.setdefault(ours, value) != value:
+            raise InputError(f"{ours} is given twice, once by timm's name: {given[ours]!r} and {value!r}")
+    return given
+
+
+def _unknown(name: str, key: str, known: list[str]) -> InputError:
+    if key == "output_stride":
+        return InputError(
+            f"{name} has no output_stride: its strides are fixed; out_indices picks feature maps of others"
+        )
+    every, ours = [*known, "num_classes", "in_channels", "weights"], TIMM_WORDS.get(key)
+    hint = f"; it is {ours!r} here" if ours in every else nearest(key, every)
+    return InputError(f"{name} has no option {key!r}{hint}; known: {', '.join(known)}")
+
+
 def defaults(name: str) -> dict[str, Any]:
     """Every option of a network of the zoo with the value that it has when nothing is said."""
     family, variant = _find(name)
@@ -74,7 +117,7 @@ def build(name: str, num_classes: int, in_channels: int, overrides: Mapping[str,
     known = _options(family)
     unknown = next((key for key in overrides if key not in known), None)
     if unknown is not None:
-        raise InputError(f"{name} has no option {unknown!r}{nearest(unknown, known)}; known: {', '.join(known)}")
+        raise _unknown(name, unknown, known)
     own = {key: value for key, value in asdict(variant).items() if key in known}
     model = family(num_classes=num_classes, in_channels=in_channels, **(own | dict(overrides)))
     # a mean and a deviation for every input channel; ImageNet's belong to RGB
