@@ -308,13 +308,15 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return _drop_samples(x, self.rate) if self.training and self.rate else x
+        return _drop_samples(x, self.rate if self.training else 0.0)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}"
 
 
 def _drop_samples(x: Tensor, rate: float) -> Tensor:
+    if rate == 0:
+        return x
     keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * keep
 

@@ -361,6 +361,23 @@ def test_mean_of_a_map(memory_format):
 
 
 @FORMATS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mean_of_a_map_in_half_precision(dtype, memory_format):
+    """To one rounding, where the sum is beyond float16; its gradient is a view there, too."""
+    assert functional.spatial_mean(torch.ones(1, 1, 256, 256, dtype=dtype)) == 1
+    x = (draw(2, 3, 64, 70, memory_format=memory_format) + 30).to(dtype)
+    mean, dx = derived(functional.spatial_mean, x, grad=draw(2, 3))
+    unit = torch.finfo(dtype).eps
+    assert mean.dtype == dx.dtype == dtype
+    torch.testing.assert_close(mean.double(), x.double().mean((2, 3)), rtol=unit, atol=0)
+    true = draw(2, 3).to(dtype).double()[..., None, None].expand(x.shape) / (64 * 70)
+    torch.testing.assert_close(dx.double(), true, rtol=unit, atol=torch.finfo(dtype).smallest_normal * unit)
+    assert dx.untyped_storage().nbytes() == 2 * 2 * 3
+    large = torch.full((1, 16, 4, 4), 6e4, dtype=dtype)
+    assert torch.equal(functional.avg_pool2x2(large), large[:, :, :2, :2])
+
+
+@FORMATS
 @pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 300, 9, 11), (1, 16, 1, 1), (2, 4, 0, 3)])
 @pytest.mark.usefixtures("way")
 def test_gated_sum(shape, memory_format):

@@ -202,7 +202,8 @@ def from_weights(
     if info.architecture != name:
         raise InputError(f"{path} holds weights of {info.architecture}, not of {name}")
     overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-    options = info.overrides | overrides
+    pooling = {"global_pool"} if num_classes else set()  # a classifier needs it, whatever the file does without one
+    options = {key: value for key, value in info.overrides.items() if key not in pooling} | overrides
     model = build(name, num_classes, in_channels, options)
     recorded = defaults(name) | info.overrides
     changed = {key: value for key, value in overrides.items() if key not in TRAINING_ONLY and recorded[key] != value}

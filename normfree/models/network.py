@@ -246,8 +246,8 @@ class Network(nn.Module):
         num_maps = len(self.stages) + 1
         if indices is None:
             indices = self.out_indices or range(num_maps)
-        elif isinstance(indices, int):
-            indices = range(num_maps - indices, num_maps)
+        elif isinstance(indices, int):  # the last n; more than there are is left as a number that there is not
+            indices = range(num_maps - indices, num_maps) if indices <= num_maps else [indices]
         if not indices or not all(-num_maps <= i < num_maps for i in indices):
             raise InputError(f"{name} {list(indices)}: this network has the feature maps 0 to {num_maps - 1}")
         return sorted({i % num_maps for i in indices})
