@@ -41,7 +41,7 @@ def _run(kernel: str, *args: Tensor | float | None) -> None:
     function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args), torch.get_num_threads())
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """Half precision as float32, in which sums and squares neither overflow nor vanish; anything else as it is."""
     return x.float() if x.dtype in HALVES else x
 
@@ -68,8 +68,8 @@ def standardize(
 
 
 def _standardize(weight: Tensor, gain: Tensor, scale: float, share: float, floor: float, extra: float) -> Tensor:
-    centred, r, _ = _centre(_wide(weight), share, floor, extra)
-    standardized = centred * (r * (_wide(gain) * scale).view(r.shape))
+    centred, r, _ = _centre(widened(weight), share, floor, extra)
+    standardized = centred * (r * (widened(gain) * scale).view(r.shape))
     return standardized.to(torch.promote_types(weight.dtype, gain.dtype))
 
 
@@ -129,10 +129,10 @@ def _closed(
 ) -> tuple[Tensor, Tensor]:
     """The same by PyTorch's operations, differentiable."""
     dims = tuple(range(1, weight.ndim))
-    grad = _wide(grad)
-    centred, r, square = _centre(_wide(weight), share, floor, extra)
+    grad = widened(grad)
+    centred, r, square = _centre(widened(weight), share, floor, extra)
     bend = torch.where(square < floor, 0, share * r**3)
-    factor, dot = (_wide(gain) * scale).view(r.shape), (grad * centred).sum(dims, keepdim=True)
+    factor, dot = (widened(gain) * scale).view(r.shape), (grad * centred).sum(dims, keepdim=True)
     dweight = (grad - grad.mean(dims, keepdim=True)) * (factor * r) - centred * (factor * bend * dot)
     return dweight.to(weight.dtype), ((dot * r).view(gain.shape) * scale).to(gain.dtype)
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from normfree import functional
 from normfree.config import InputError
 from normfree.layers import (
     BranchEnd,
@@ -315,7 +316,7 @@ class _Calibration(fx.Interpreter):
         if not self.plan.statistics:
             return
         mean = self.means[conv.name]
-        var = new.weight.flatten(1).var(1, correction=0)
+        var = functional.widened(new.weight).flatten(1).var(1, correction=0)
         new.gain.copy_((var * new.fan_in).clamp(min=1e-4).sqrt() / new.input_scale)
         if conv.norm is not None:
             scale, offset = _scale_and_offset(self.plan.modules[conv.norm])
