@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from normfree.config import (
     check_writable,
     load_config,
     nearest,
+    options_of,
     quoted,
 )
 
@@ -67,21 +69,26 @@ class Train:
 def train(args: Sequence[str]) -> None:
     options: Train = parse(Train, "train", args)
     from normfree.engine.distributed import keep_freed_memory
-    from normfree.recipes.small import reasons_that_hold
     from normfree.tasks import classification
 
     keep_freed_memory()
+    given = given_options(args)
     if options.resume is not None:
         folder = Path(options.resume)
         if not (folder / "config.json").is_file():
             raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
+        if given & {"recipe", "out"}:
+            raise InputError(
+                f"--resume {folder} goes on with a run as it is, where it is: leave out --recipe and --out"
+            )
         run = parse(Train, "train", args, replace(options, run=load_config(folder / "config.json"))).run
         outcome = classification.resume(folder, run)
     else:
-        chosen, reasons = classification.choose_recipe(options.recipe, options.run)
-        run = parse(Train, "train", args, replace(options, run=chosen)).run
-        folder = Path(options.out) if options.out else free_run_folder(run)
-        outcome = classification.start(run, folder, reasons_that_hold(chosen, run, reasons))
+        values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
+        run, reasons = classification.choose_recipe(options.recipe, values)
+        out = None if options.out is None else Path(options.out)
+        outcome = classification.start(run, out, [reason.text for reason in reasons])
+    folder = outcome.folder
     best = folder / "best.safetensors"
     metric, what = ("balanced", "mean over classes") if "balanced" in outcome.last else ("top1", "top-1")
     end, best_epoch = outcome.last[metric], f"epoch {outcome.best_epoch:.3g}"
@@ -92,12 +99,10 @@ def train(args: Sequence[str]) -> None:
     print(f"curves           tensorboard --logdir {quoted(folder)}")
 
 
-def free_run_folder(run: RunConfig) -> Path:
-    """runs/DATA-MODEL-N with the smallest N that is free."""
-    name = re.sub(r"[^\w.-]+", "-", Path(run.data.path).resolve().name).strip("-")  # of {000..099}.tar, of NAME?label=x
-    stem = f"{name}-{run.model.model}"
-    taken = (Path("runs") / f"{stem}-{n}" for n in range(1, 1_000_000))
-    return next(path for path in taken if not path.exists())
+def given_options(args: Sequence[str]) -> set[str]:
+    """Names of the options on a command line that `parse` has accepted, whatever their values."""
+    words = (token.split("=")[0].replace("-", "_") for token in args if token.startswith("--"))
+    return {word.removeprefix("__").removeprefix("no_") for word in words}
 
 
 def evaluate(
@@ -355,6 +360,8 @@ def parse(target: Callable[..., Any], verb: str, args: Sequence[str], default: A
         name = token.split("=")[0].replace("_", "-")
         if token.startswith("--") and name not in (*known, "--help"):
             raise InputError(f"{verb} has no option {token.split('=')[0]}{nearest(name, known)}")
+    if {"-h", "--help"} & set(args):
+        _join_lines(target)
     given = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
@@ -364,6 +371,18 @@ def parse(target: Callable[..., Any], verb: str, args: Sequence[str], default: A
         if not stop.code:
             raise
         raise InputError(_first_sentence(said.getvalue(), verb)) from None
+
+
+def _join_lines(target: Any) -> None:
+    """Gives tyro the docstrings of a dataclass's fields on one line each: it would keep their line breaks."""
+    import docstring_parser
+
+    if not dataclasses.is_dataclass(target):
+        return
+    texts = {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(target).params}
+    for option in dataclasses.fields(target):
+        _join_lines(typing.get_type_hints(target)[option.name])
+        option.metadata = types.MappingProxyType({"help": " ".join(texts.get(option.name, "").split())})
 
 
 def option_names(target: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,9 @@ EvalCrop = Literal["center", "resize_crop", "crop_resize"]
 AugmentStyle = Literal["pil", "paper"]
 CropStyle = Literal["pil", "paper", "shift"]
 MixPairs = Literal["stream", "batch"]
+T = typing.TypeVar("T")
+Chosen = Annotated[T, arg(help_behavior_hint="(default: chosen)")]
+"""An option that `normfree train` chooses where it is not given; its default is for Python."""
 
 
 class InputError(ValueError):
@@ -95,15 +98,15 @@ def check_writable(
 class ModelConfig:
     """The network. What is None keeps the variant's own value."""
 
-    model: str = "nfnet_nano"
+    model: Chosen[str] = "nfnet_nano"
     """Name of the network; `normfree models` lists them."""
     width: Four | None = None
     """Output channels of the four stages."""
     depth: Four | None = None
     """Blocks in each of the four stages."""
-    drop_rate: float | None = None
+    drop_rate: Chosen[float | None] = None
     """Dropout before the classifier, 0 to 1."""
-    stochastic_depth: float | None = None
+    stochastic_depth: Chosen[float | None] = None
     """Rate at which the deepest blocks are skipped in training, 0 to 1; None: 0.25; nf_resnet, nf_regnet: 0.1."""
     activation: str | None = None
     """gelu, relu, silu, ...; None: gelu for nfnet, relu for resnets, silu for nf_regnet."""
@@ -113,7 +116,7 @@ class ModelConfig:
     """First value of the SkipInit gains, 0 to 1; None: 1 for nfnet_nano and nfnet_micro, else 0."""
     group_width: int | None = None
     """Channels in one group of the 3x3 convolutions."""
-    in_channels: int = 3
+    in_channels: Chosen[int] = 3
     """3: images are read as RGB; 1: as grey."""
     init: str | None = None
     """Weight file or run folder to start from (fine-tuning); the classifier keeps the classes that it knows by name."""
@@ -143,25 +146,25 @@ class DataConfig:
     Parquet, hf://datasets/OWNER/NAME, or a name such as `mnist5k` or `cifar10`; see docs/data.md."""
     validation_fraction: float = 0.1
     """About the share of each class to hold out where the data has no validation images of its own."""
-    train_px: int | None = None
+    train_px: Chosen[int | None] = None
     """Side of the training images in pixels; None: the network's."""
-    eval_px: int | None = None
+    eval_px: Chosen[int | None] = None
     """Side of the evaluation images in pixels; None: the network's."""
-    min_area: float = 0.08
+    min_area: Chosen[float] = 0.08
     """Smallest share of a picture that a random training crop covers."""
-    flip: bool = True
+    flip: Chosen[bool] = True
     """Mirror half of the training images; off where left and right differ, as in digits."""
-    crop_style: CropStyle = "pil"
+    crop_style: Chosen[CropStyle] = "pil"
     """pil: training crops as torchvision draws them, resized with antialiasing; paper: as the released code; shift: the
     whole image, moved by up to 1/16 of its side, for small images."""
-    mixup: float = 0.0
+    mixup: Chosen[float] = 0.0
     """α of MixUp; 0: without; the paper's is 0.2. It takes half of the batch if CutMix takes the rest."""
-    cutmix: float = 0.0
+    cutmix: Chosen[float] = 0.0
     """α of CutMix; 0: without; the paper's is 1."""
     mix_pairs: MixPairs = "stream"
     """What is mixed. stream: two images are read for each, as in the released code; batch: an image and the next one of
     its batch, so that each is read once."""
-    randaugment_layers: int = 0
+    randaugment_layers: Chosen[int] = 0
     """RandAugment operations on each training image; 0: without; the paper's is 4."""
     randaugment_magnitude: float = 5.0
     """Their strength, 0 to 30; the paper's is 5 for F0, 10 for F1 and F2, 15 from F3 on."""
@@ -179,18 +182,18 @@ class DataConfig:
 class OptimConfig:
     """Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay (paper, appendix A.1)."""
 
-    epochs: float = 20
+    epochs: Chosen[float] = 20
     """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
     `--mix-pairs batch`."""
     steps: int | None = None
     """Length of the run in steps, where that is not for the number of images to decide; None: as `epochs` says."""
-    batch_size: int = 64
+    batch_size: Chosen[int] = 64
     """Images in one step."""
-    micro_batch: int | None = None
+    micro_batch: Chosen[int | None] = None
     """Images that go through the network at once, their gradients added up; smaller where memory ends; None: all."""
-    lr: float = 0.1
+    lr: Chosen[float] = 0.1
     """Peak learning rate; the paper's is 0.1 * batch / 256."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: Chosen[float] = 1.0
     """Epochs over which the learning rate rises from 0."""
     warmup_steps: int | None = None
     """The same in steps; None: as `warmup_epochs` says."""
@@ -198,9 +201,9 @@ class OptimConfig:
     """Where the cosine ends."""
     momentum: float = 0.9
     """Nesterov momentum."""
-    weight_decay: float = 2e-5
+    weight_decay: Chosen[float] = 2e-5
     """Added to the gradient; not on gains, biases and SkipInit gains."""
-    clipping: float | None = 0.01
+    clipping: Chosen[float | None] = 0.01
     """AGC's λ; larger for small batches; None clips nothing."""
     clip_eps: float = 1e-3
     """AGC's ε, the smallest weight norm that counts."""
@@ -210,7 +213,7 @@ class OptimConfig:
     """Share of the batch that decides where uphill is."""
     label_smoothing: float = 0.1
     """Share of the label that is spread over all classes."""
-    balance: float = 0.0
+    balance: Chosen[float] = 0.0
     """0: classes count by their images; 1: all alike, however few images they have (logit adjustment); or between."""
     ema_decay: float = 0.99999
     """Moving average of the weights, with warm-up; the average is what is evaluated and kept."""
@@ -224,7 +227,7 @@ class MachineConfig:
     """cuda, mps or cpu; None: the first of these that is there."""
     workers: int | None = None
     """Processes that read images; None: one less than the cores, at most 8, and none for what fits into memory."""
-    eval_every: float = 1.0
+    eval_every: Chosen[float] = 1.0
     """Epochs between evaluations on the validation images."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; one is also written at every evaluation and when the run is interrupted."""
@@ -305,6 +308,39 @@ def validate(run: RunConfig) -> None:
     ):
         if not good:
             raise InputError(f"--{message}")
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """Every option of a run by its name, which no two parts share."""
+    options: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        options |= options_of(value) if dataclasses.is_dataclass(value) else {f.name: value}
+    return options
+
+
+Config = typing.TypeVar("Config")
+
+
+def with_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with the options of these names set, in whichever of its parts they are."""
+    changed: dict[str, Any] = {}
+    for f in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            changed[f.name] = with_options(value, values)
+        elif f.name in values:
+            changed[f.name] = values[f.name]
+    return dataclasses.replace(typing.cast(Any, config), **changed)
+
+
+def spell(name: str, value: Any) -> str:
+    """An option as it is given on the command line: `--train-px 64`."""
+    flag = name.replace("_", "-")
+    if isinstance(options_of(RunConfig())[name], bool):
+        return f"--{'' if value else 'no-'}{flag}"
+    words = value if isinstance(value, tuple) else (value,)
+    return " ".join((f"--{flag}", *(f"{w:.12g}" if isinstance(w, float) else quoted(str(w)) for w in words)))
 
 
 def save_config(run: RunConfig, path: str | os.PathLike) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,62 @@ def test_without_out_the_next_free_folder_is_taken(photos, tmp_path, capsys, mon
     for _ in range(2):
         run("train", photos, QUICK.replace("--epochs 2", "--epochs 0.2 --warmup-epochs 0"))
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["photos-nfnet_nano-1", "photos-nfnet_nano-2"]
+
+
+def test_runs_at_once_take_different_numbers(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from normfree.engine.checkpoint import numbered_run_folder
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: numbered_run_folder(tmp_path / "runs" / "a.b"), range(40)))
+    assert {folder.name for folder in folders} == {f"a.b-{n}" for n in range(1, 41)}
+
+
+def test_a_run_that_started_meanwhile_keeps_its_number(photos, tmp_path, capsys, monkeypatch):
+    """Both ask for a number before either has its folder."""
+    from normfree.tasks import classification
+
+    monkeypatch.chdir(tmp_path)
+    build = classification.build
+
+    def build_while_another_starts(run):
+        Path("runs/photos-nfnet_nano-1").mkdir(parents=True, exist_ok=True)
+        return build(run)
+
+    monkeypatch.setattr(classification, "build", build_while_another_starts)
+    run("train", photos, QUICK.replace("--epochs 2", "--steps 1"))
+    out, err = capsys.readouterr()
+    assert "into runs/photos-nfnet_nano-2" in err
+    assert "runs/photos-nfnet_nano-2/best.safetensors" in out
+    assert list(Path("runs/photos-nfnet_nano-1").iterdir()) == []
+
+
+@pytest.mark.parametrize("length", ["--epochs 1", "--steps 5", "--recipe mnist5k --steps 3"])
+def test_a_short_run_warms_up_shorter(length, photos, tmp_path, capsys):
+    run("train", photos, QUICK.replace("--epochs 2", length), "--out", tmp_path / "run")
+    assert f"because {length.removeprefix('--recipe mnist5k ')}: warm-up of 0." in capsys.readouterr().err
+    (tmp_path / "run" / "last.safetensors").unlink()
+    run("train --resume", tmp_path / "run")
+    assert (tmp_path / "run" / "last.safetensors").exists()
+
+
+def test_weights_bring_their_network_and_pixels(trained, tmp_path, capsys):
+    folder, photos = trained
+    words = "--batch-size 8 --workers 0 --device cpu --steps 1"
+    run("train", photos, words, "--init", folder / "best.safetensors", "--out", tmp_path / "run")
+    assert "best.safetensors: nfnet_nano, 16 px in training, 16 px in evaluation" in capsys.readouterr().err
+    info = normfree.load(tmp_path / "run" / "last.safetensors").info
+    assert (info.architecture, info.train_px, info.eval_px) == ("nfnet_nano", 16, 16)
+    assert info.overrides["width"] == (16, 32, 32, 32)
+
+
+def test_nothing_to_validate_on_is_said_before_training(photos, tmp_path, capsys):
+    for path in (photos / "validation").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    line = refused(capsys, "train", photos, QUICK, "--out", tmp_path / "run")
+    assert "none of the 18 validation images can be read; the first: validation/blue/00.jpg" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_split_is_split(trained):
@@ -272,6 +329,13 @@ def test_verb_help(verb, capsys):
     assert f"usage: normfree {verb}" in out
     if verb == "train":
         assert all(option.replace("--no-", "--") in out for option in option_names(Train) if option != "--path")
+        text = " ".join(out.replace("│", " ").split())
+        for option in ("model", "epochs", "batch-size", "lr", "train-px", "clipping", "eval-every"):
+            words = text.split(f" --{option} ")[1].split(" --")[0]
+            assert "(default: chosen)" in words, option
+        lines = [line.strip("│ ") for line in out.splitlines()]
+        short = [a for a, b in pairwise(lines) if len(a) < 30 and a[-1:].isalpha() and a[0] != "-" and b[:1].islower()]
+        assert short == []  # lines are broken where they are full
 
 
 @pytest.mark.parametrize(
@@ -293,6 +357,12 @@ def test_verb_help(verb, capsys):
         ("train mnist5", "mnist5k"),
         ("train no/such/folder", "no such folder"),
         ("train --resume no/such/run", "no run is there"),
+        ("train --recipe nfnet_f0 --model nfnet_f3", "--recipe nfnet_f0 is for nfnet_f0, not nfnet_f3"),
+        ("train --epochs 2 --steps 9", "--epochs 2 and --steps 9: give one of them"),
+        ("train --epochs 1 --warmup-epochs 1", "--warmup-epochs 1"),
+        ("train --steps 5 --warmup-steps 5", "warm-up"),
+        ("train --randaugment-magnitude 9", "does nothing without --randaugment-layers"),
+        ("train --validation-fraction 0.2", "mnist5k has validation images"),
         ("eval", "WEIGHTS"),
         ("eval nothing.safetensors mnist5k", "no weight file"),
         ("predict nothing.safetensors", "needs images"),
@@ -449,9 +519,14 @@ def test_resume_through_the_command_line(photos, tmp_path, capsys):
     (folder / "last.safetensors").unlink()
     run("train --resume", folder, "--workers 1")
     assert (folder / "last.safetensors").exists()
-    assert "only the machine options may change" in refused(
-        capsys_clear(capsys), "train --resume", folder, "--epochs 9"
-    )
+    line = refused(capsys_clear(capsys), "train --resume", folder, "--epochs 9 --no-flip --workers 0")
+    assert "only the machine options may change" in line
+    assert line.endswith(f": normfree train {photos} --init {folder}/last.safetensors --no-flip --epochs 9")
+    (folder / "last.safetensors").unlink()
+    line = refused(capsys, "train --resume", folder, "--epochs 9")
+    assert f"normfree train --resume {folder}, then normfree train {photos} --init {folder}/best.safetensors" in line
+    assert "leave out --recipe and --out" in refused(capsys, "train --resume", folder, "--recipe mnist5k")
+    assert "leave out --recipe and --out" in refused(capsys, "train --resume", folder, "--out x")
 
 
 def capsys_clear(capsys):

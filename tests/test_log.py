@@ -233,3 +233,24 @@ def test_wandb_is_an_option_that_a_config_keeps(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert "--wandb PROJECT" in capsys.readouterr().out
+
+
+def test_time_left_follows_the_speed_of_late(monkeypatch, capsys):
+    """A slow beginning, such as kernels that are compiled, is forgotten."""
+    from normfree.engine import log
+
+    now = 0.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    bar = log.ProgressBar("train", 1000)
+    for done, seconds in (
+        (1, 600),
+        (16, 15),
+        (31, 15),
+        (46, 15),
+        (61, 15),
+        (76, 15),
+    ):  # 10 minutes, then 1 step a second
+        now += seconds
+        bar.update(done)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].endswith("15:24 left")

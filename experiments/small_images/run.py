@@ -16,13 +16,13 @@ import argparse
 import json
 import platform
 import tempfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normfree.config import RunConfig, load_config
+from normfree.config import RunConfig, load_config, options_of, with_options
 from normfree.engine.loop import train
 from normfree.tasks.classification import build, choose_recipe
 
@@ -30,25 +30,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def configure(args: argparse.Namespace) -> RunConfig:
-    start = RunConfig()
-    run, _ = choose_recipe(None, replace(start, data=replace(start.data, path=args.data)))
+    run, _ = choose_recipe(None, {"path": args.data})
     for option in args.set:
         name, _, value = option.partition("=")
-        run = changed(run, name, json.loads(value) if value[:1] in "[0123456789ntf" else value)
+        if name not in options_of(run):
+            raise SystemExit(f"no option {name}")
+        values = json.loads(value) if value[:1] in "[0123456789ntf" else value
+        run = with_options(run, {name: tuple(values) if isinstance(values, list) else values})
     if args.twin:
-        run = changed(changed(run, "model", f"bn_{run.model.model}"), "clipping", None)
+        run = with_options(run, {"model": f"bn_{run.model.model}", "clipping": None})
     if args.max_norm:
-        run = changed(run, "clipping", None)
+        run = with_options(run, {"clipping": None})
     return replace(run, seed=args.seed)
-
-
-def changed(run: RunConfig, name: str, value: Any) -> RunConfig:
-    """The run with one option of any of its parts set."""
-    for part in ("model", "data", "optim", "machine"):
-        config = getattr(run, part)
-        if name in (field.name for field in fields(config)):
-            return replace(run, **{part: replace(config, **{name: tuple(value) if isinstance(value, list) else value})})
-    raise SystemExit(f"no option {name}")
 
 
 def carry_out(run: RunConfig, max_norm: float | None) -> dict[str, Any]:

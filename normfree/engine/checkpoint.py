@@ -161,6 +161,21 @@ def working_in(folder: Path) -> Iterator[None]:
         raise InputError(f"another process is working in {folder}: wait for it, or stop it") from None
 
 
+def numbered_run_folder(stem: Path) -> Path:
+    """Creates STEM-N with the smallest N that is free; of two processes at once each gets its own."""
+    number = 1
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = stem.with_name(f"{stem.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+            number += 1
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {stem}-{number}: {error.strerror}") from None
+
+
 def _all_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 

@@ -8,6 +8,7 @@ import math
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,9 +28,9 @@ class ProgressBar:
     """A bar on a terminal, a line now and then elsewhere; on standard error, so that results can be piped."""
 
     def __init__(self, what: str, total: int, done: int = 0, unit: str = "steps"):
-        self.what, self.total, self.first, self.unit = what, total, done, unit
+        self.what, self.total, self.unit = what, total, unit
         self.console = Console(stderr=True)
-        self.start = self.last_line = time.monotonic()
+        self.lines = deque([(time.monotonic(), done)], maxlen=5)  # when the last plain lines were, and what was done
         self.note = ""
         self.bar: Progress | None = None
         if self.console.is_terminal:
@@ -50,9 +51,10 @@ class ProgressBar:
         self.note = self.note if note is None else note
         if self.bar is not None:
             self.bar.update(self.task, completed=done, note=self.note)
-        elif (now := time.monotonic()) - self.last_line >= PLAIN_SECONDS:
-            self.last_line = now
-            left = (now - self.start) / max(done - self.first, 1) * (self.total - done)
+        elif (now := time.monotonic()) - self.lines[-1][0] >= PLAIN_SECONDS:
+            before, first = self.lines[0]
+            left = (now - before) / max(done - first, 1) * (self.total - done)  # by the speed of late
+            self.lines.append((now, done))
             self.say(f"{self.what} {done}/{self.total} {self.unit}  {self.note}  {duration(left)} left")
 
     def say(self, line: str) -> None:

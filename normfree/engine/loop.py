@@ -94,13 +94,14 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """The end of a run: figures of the last evaluation and its report, and the best figure with its epoch."""
+    """The end of the run in `folder`: figures of the last evaluation, its report, and the best one with its epoch."""
 
     last: dict[str, float]
     best: float
     best_epoch: float
     seconds: float
     report: dict[str, Any]
+    folder: Path
 
 
 def train(
@@ -237,7 +238,7 @@ def train(
     with ema.applied():
         task.save(folder / "last.safetensors")
     seconds = seconds_before + time.monotonic() - began
-    return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"])
+    return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"], folder)
 
 
 def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Tensor:

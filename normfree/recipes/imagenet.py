@@ -1,8 +1,8 @@
 """Recipes of the paper for ImageNet: NFNets, the ablation ladder, NF-ResNets and NF-RegNets, pre-training, fine-tuning.
 
-All crop as the released code does and evaluate on a square picture. For batches of B images in place of the recipe's,
-set --batch-size B and --lr to 0.1 * B / 256; --micro-batch where memory ends. None has been reproduced here at full
-length; every one takes two steps in the tests.
+All crop as the released code does and evaluate on a square picture. With --batch-size in place of the recipe's the
+learning rate follows in proportion; --micro-batch where memory ends. None has been reproduced here at full length;
+every one takes two steps in the tests.
 """
 
 from __future__ import annotations

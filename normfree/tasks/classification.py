@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -23,14 +26,19 @@ from normfree.config import (
     MAX_WORKERS,
     DataConfig,
     InputError,
+    ModelConfig,
+    OptimConfig,
     RunConfig,
     check_range,
     check_writable,
     load_config,
     nearest,
+    options_of,
     quoted,
     save_config,
+    spell,
     validate,
+    with_options,
 )
 from normfree.data import (
     DATASET_NAMES,
@@ -40,6 +48,7 @@ from normfree.data import (
     Mixing,
     RandAugment,
     TrainTransform,
+    UnreadableImage,
     cached,
     changed,
     content_sample,
@@ -53,15 +62,17 @@ from normfree.data import (
     open_evaluation,
     train_batches,
 )
-from normfree.engine.checkpoint import check_free, new_run_folder, working_in
+from normfree.engine.checkpoint import check_free, new_run_folder, numbered_run_folder, working_in
 from normfree.engine.distributed import memory_gib, pick_device
 from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
 from normfree.engine.log import ProgressBar, duration, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
-from normfree.models import Network, create_model, from_weights, load, save
+from normfree.models import Network, create_model, find_variant, from_weights, load, save
+from normfree.models.files import read_any
+from normfree.native import library
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
-from normfree.recipes.small import Images, Machine, Reason, choose, fast_enough, shorten
+from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose, fast_enough, worth_measuring
 from normfree.weights import ModelInfo
 from normfree.weights.file import package_version, replacing
 
@@ -228,51 +239,144 @@ def evaluate_images(
     return evaluate(model, counted(batches), info.num_classes, info.mean, info.std, device, precision)
 
 
-def choose_recipe(name: str | None, run: RunConfig) -> tuple[RunConfig, tuple[Reason, ...]]:
-    """The recipe called `name`, or what suits the images of `run` and the machine, and why."""
-    path = run.data.path
+def choose_recipe(name: str | None, given: Given) -> tuple[RunConfig, tuple[Reason, ...]]:
+    """The run for the options that are `given`, by name, the rest chosen or by the recipe called `name`; and why."""
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
-    if name is None and path in DATASET_NAMES and path in RECIPES:  # a packaged set has a recipe of its own name
-        name = path
+    path = given.get("path", DataConfig.path)
+    loose = {"epochs": math.inf, "warmup_epochs": 0.0, "lr": max(0.1, given.get("final_lr", 0.0)), "mixup": 0.2}
+    said = with_options(RunConfig(), loose | dict(given))  # what is not chosen yet contradicts nothing
+    validate(said)
+    device = pick_device(said.machine.device)
+    base = None
     if name is not None:
-        return RECIPES[name](path), ()
-    images, _ = open_dataset(path, validation_fraction=run.data.validation_fraction, seed=run.seed)
+        base = _recipe(name, path, given)
+    elif path in DATASET_NAMES and path in RECIPES:  # a packaged set has a recipe of its own name
+        base = RECIPES[path](path)
+    asked = _asked(said.model, given) if name is None else None
+    images, validation = open_dataset(path, validation_fraction=said.data.validation_fraction, seed=said.seed)
+    if "validation_fraction" in given and has_validation(path):
+        raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
     counts = Counter(images.targets)
     short_px, grey = look_at(images)
-    seen = Images(len(images), images.class_names, short_px, grey, max(counts.values()) / min(counts.values()))
-    device = pick_device(run.machine.device)
-    chosen, reasons = choose(path, seen, Machine(device.type, memory_gib(device)))
-    if device.type == "cpu" and seen.are_small:
-        speed = images_per_second(chosen, len(images.class_names), fast_enough(chosen, seen))
-        return shorten(chosen, reasons, seen, speed)
-    return chosen, reasons
+    unevenness = max(counts.values()) / min(counts.values())
+    seen = Images(len(images), images.class_names, short_px, grey, unevenness, len(validation))
+    machine = Machine(device.type, memory_gib(device))
+    run, reasons = choose(given, seen, machine, asked, base)
+    speed, memory = worth_measuring(given, seen, machine, base)
+    speed = speed and device.type == "cpu" and name is None
+    if not (speed or memory):
+        return run, reasons
+    with torch.random.fork_rng(devices=[]):
+        model = network(run, images.class_names)[0].to(device).train()
+    if memory:
+        machine = replace(machine, image_mib=image_mib(model, run))
+        run, reasons = choose(given, seen, machine, asked, base)
+    if speed:
+        machine = replace(machine, images_per_s=images_per_second(model, run, fast_enough(run, seen)))
+        run, reasons = choose(given, seen, machine, asked, base)
+    return run, reasons
 
 
-def images_per_second(run: RunConfig, num_classes: int, enough: float) -> float:
+def _recipe(name: str, path: str, given: Given) -> RunConfig:
+    """A recipe that the user names: what is given takes the place of its values, but it stays with its network."""
+    run = RECIPES[name](path)
+    model = run.model.model
+    if given.get("model", model) != model:
+        raise InputError(
+            f"--recipe {name} is for {model}, not {given['model']}: take the recipe of that name, or leave out --recipe"
+        )
+    if given.keys() & {"train_px", "eval_px"}:  # one side follows the other, so they must be known
+        own, data = find_variant(model), run.data
+        px = dict(train_px=data.train_px or own.train_px, eval_px=data.eval_px or own.eval_px)
+        run = replace(run, data=replace(data, **px))
+    return run
+
+
+def _asked(model: ModelConfig, given: Given) -> Asked | None:
+    """The network of --model or --init; InputError where these are two."""
+    if model.init is not None:
+        info = read_any(model.init, given.get("model"), model.overrides()).info
+        if given.get("model", info.architecture) != info.architecture:
+            raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
+        return Asked(info.architecture, info.train_px, info.eval_px, info.in_channels)
+    if "model" not in given:
+        return None
+    own = find_variant(model.model)
+    return Asked(model.model, own.train_px, own.eval_px)
+
+
+def network(run: RunConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
+    """The network of a run, its layers frozen as it says, on the CPU, and what is to be said of its weights."""
+    m, notes = run.model, ()
+    if m.init is None:
+        model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
+    else:
+        model, notes = from_weights(m.model, len(class_names), m.in_channels, m.init, m.overrides(), class_names)
+    if m.freeze:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    return model.to(memory_format=torch.channels_last), notes
+
+
+def image_mib(model: Network, run: RunConfig) -> float:
+    """MiB that one more image keeps for the backward pass."""
+    images = _noise(model, run, 3)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(images: Tensor) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(images.device, run.precision),
+        ):
+            outputs = model(images)  # which keep the tensors, so that no address comes twice
+        del outputs
+        return sum(size for address, size in storages.items() if address not in parameters)
+
+    return max(kept(images) - kept(images[:2]), 1) / 2**20
+
+
+def images_per_second(model: Network, run: RunConfig, enough: float) -> float:
     """Of how many images the gradients are computed in a second on a CPU; measured in twenty seconds.
 
     In two, if these say more than twice `enough`. The mean, so that what other programs take counts.
     """
-    m, px = run.model, run.data.train_px
-    assert px is not None
-    with torch.random.fork_rng(devices=[]):
-        model = create_model(m.model, num_classes, m.in_channels, **m.overrides()).to(memory_format=torch.channels_last)
-        images = torch.randn(run.optim.batch_size, m.in_channels, px, px).to(memory_format=torch.channels_last)
+    images = _noise(model, run, min(run.optim.batch_size, run.optim.micro_batch or run.optim.batch_size))
 
     def measured(seconds: float) -> float:
         began, count = time.monotonic(), 0
         while time.monotonic() < began + seconds or not count:
-            model(images).sum().backward()
+            with autocast(images.device, run.precision):
+                outputs = model(images)
+            outputs.float().sum().backward()
             count += len(images)
-        return count / (time.monotonic() - began)
+        return count / (time.monotonic() - began) / _passes(run.optim)
 
-    measured(1)  # kernels are compiled, memory is found
+    library()  # compiled before anything is timed
+    measured(1)  # memory is found
     speed = measured(1)
     if speed > 2 * enough:
         return speed
     print("measuring, for twenty seconds, how many epochs this machine has time for ...", file=sys.stderr)
     return measured(18)
+
+
+def _passes(optim: OptimConfig) -> float:
+    """Passes of a batch through the network for one step."""
+    return 1 + optim.sam_fraction * bool(optim.sam_rho)
+
+
+def _noise(model: Network, run: RunConfig, count: int) -> Tensor:
+    """(count, C, H, W), of the training images' size, on the model's device; torch's generator stays as it is."""
+    px = run.data.train_px or find_variant(run.model.model).train_px
+    images = torch.randn(count, run.model.in_channels, px, px, generator=torch.Generator().manual_seed(0))
+    return images.to(next(model.parameters()).device, memory_format=torch.channels_last)
 
 
 def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
@@ -284,19 +388,12 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     train_set, validation_set = open_dataset(
         run.data.path, validation_fraction=run.data.validation_fraction, seed=run.seed
     )
-    m, o = run.model, run.optim
+    o = run.optim
     if o.batch_size > len(train_set):
         raise InputError(f"--batch-size {o.batch_size} is more than the {len(train_set)} training images")
     torch.manual_seed(run.seed)
-    num_classes = len(train_set.class_names)
-    if m.init is None:
-        model, notes = create_model(m.model, num_classes, m.in_channels, **m.overrides()), ()
-    else:
-        model, notes = from_weights(m.model, num_classes, m.in_channels, m.init, m.overrides(), train_set.class_names)
+    model, notes = network(run, train_set.class_names)
     assert model.info is not None
-    if m.freeze:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
     info = replace(
         model.info,
         class_names=tuple(train_set.class_names),
@@ -307,7 +404,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
         source=f"normfree train {Path(run.data.path).name}",
         trained_on=content_sample(train_set),
     )
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device)
     data = {
         "held_out": not has_validation(run.data.path),
         "images": inventory(train=train_set, validation=validation_set),
@@ -318,6 +415,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
             train_set = cached(train_set, info.in_channels, train_transform(run.data, info).min_px)
         if fits_in_memory(validation_set):
             validation_set = cached(validation_set, info.in_channels, eval_transform(info).min_px)
+    _check_readable(validation_set, info.in_channels)
     task = Classification(model, info, train_set, validation_set, run, device, log_priors, data, notes)
 
     optimizer = SGD_AGC(param_groups(model, o.weight_decay, o.clipping), lr=0.0, momentum=o.momentum, eps=o.clip_eps)
@@ -348,6 +446,20 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     return task, optimizer, EMA(model, o.ema_decay), plan
 
 
+def _check_readable(validation_set: ImageSet, channels: int) -> None:
+    """InputError unless there is an image to validate on: a run without would end with an accuracy of 0 %."""
+    reasons = []
+    for index in range(len(validation_set)):
+        try:
+            validation_set.read(index, channels)
+            return
+        except UnreadableImage as error:
+            reasons.append(str(error))
+    if reasons:
+        raise InputError(f"none of the {len(reasons)} validation images can be read; the first: {reasons[0]}")
+    raise InputError("there are no validation images: no class has two images, of which one could be held out")
+
+
 def _log_priors(images: ImageSet, balance: float, device: torch.device) -> Tensor | None:
     """balance * log(share of each class), (K,); None without balance."""
     if not balance:
@@ -356,14 +468,20 @@ def _log_priors(images: ImageSet, balance: float, device: torch.device) -> Tenso
     return balance * (counts.clamp(min=1) / len(images)).log().to(device)
 
 
-def start(run: RunConfig, folder: Path, chosen: Sequence[str] = ()) -> Outcome:
+def start(run: RunConfig, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
     """Trains in a new run folder. Everything that can be wrong is found before the folder is made.
 
+    `folder`: None takes the next free one of runs/DATA-MODEL-1, -2 ...; `Outcome.folder` is the one taken.
     `chosen`: lines that say why options are what they are, where the user has not said so.
     """
-    check_free(folder)
+    if folder is not None:
+        check_free(folder)
     task, optimizer, ema, plan = build(run)
-    new_run_folder(folder)
+    if folder is None:
+        name = re.sub(r"[^\w.-]+", "-", Path(run.data.path).resolve().name).strip("-")  # {000..099}.tar, NAME?label=x
+        folder = numbered_run_folder(Path("runs") / f"{name}-{run.model.model}")
+    else:
+        new_run_folder(folder)
     save_config(run, folder / "config.json")
     _save_data(task, folder)
     try:
@@ -379,7 +497,7 @@ def resume(folder: Path, run: RunConfig | None = None) -> Outcome:
     saved = load_config(folder / "config.json")
     run = run or saved
     if replace(run, machine=saved.machine) != saved:
-        raise InputError(f"--resume goes on with {folder} as it was configured; only the machine options may change")
+        raise InputError(_how_else(folder, saved, run))
     task, optimizer, ema, plan = build(run)
     if (folder / DATA).exists():
         difference = changed(_read_data(folder)["images"], task.data["images"])
@@ -407,6 +525,21 @@ def _read_data(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / DATA} cannot be used ({error})") from None
 
 
+def _how_else(folder: Path, saved: RunConfig, run: RunConfig) -> str:
+    """Why `run` is no way to go on with the run in `folder`, and what is."""
+    before, machine = options_of(saved), options_of(saved.machine)
+    other = {name: v for name, v in options_of(run).items() if v != before[name] and name not in machine}
+    options = " ".join(spell(name, value) for name, value in other.items() if name != "path")
+    weights = next((w for w in ("last", "best") if (folder / f"{w}.safetensors").is_file()), None)
+    finish = "" if weights == "last" else f"normfree train --resume {quoted(folder)}, then "
+    init = spell("init", str(folder / f"{weights or 'last'}.safetensors"))
+    return (
+        f"--resume goes on with {folder} as it was configured; only the machine options may change. To train with "
+        f"other ones from its weights on: {finish}"
+        f"normfree train {quoted(run.data.path)} {init} {options}".rstrip()
+    )
+
+
 def _train(
     task: Classification,
     optimizer: SGD_AGC,
@@ -429,23 +562,45 @@ def _train(
 
 
 def estimated_seconds(task: Classification, plan: Plan) -> float:
-    """How long the run will take, from three passes of a first batch through the network, which change nothing."""
-    began = time.monotonic()
-    batch = next(task.batches(0, 1, workers=0))
-    reading = time.monotonic() - began
-    size, workers = plan.micro_batch or plan.batch_size, task.workers
+    """How long the run will take, from its first batches, read and passed through the network; this changes nothing."""
+    library()  # compiled before anything is timed
+    first, batch = _seconds_to_read(task, plan)
+    again, _ = _seconds_to_read(task, plan)  # of images that are kept in memory, without decoding them
+    size, workers = plan.micro_batch or plan.batch_size, max(task.workers, 1)
     task.model.eval()  # batch normalization and random numbers stay as they are
-    seconds = 0.0
-    for _ in range(3):  # of which the first two are for kernels to be compiled and memory to be found
+    passes: list[float] = []
+    while len(passes) < 4 or (sum(passes) < 2 and len(passes) < 20):
         began = time.monotonic()
         task.loss(task.part(batch, 0, size)).backward()
         task.model.zero_grad(set_to_none=True)
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
-        seconds = (time.monotonic() - began) * plan.batch_size / size
-    step = max(seconds, reading / workers) if workers else seconds + reading
-    evaluations = len(plan.eval_steps) * 2 * len(task.validation_set) / plan.batch_size
-    return step * (plan.total_steps * (1 + bool(plan.sam_rho) * plan.sam_fraction) + evaluations / 3)
+        passes.append(time.monotonic() - began)
+    network = statistics.mean(passes[2:]) * plan.batch_size / size  # the first ones find memory
+
+    def spent(batches: float, new: float, network: float) -> float:
+        """Seconds for so many batches, of which the first `new` hold images that have not been read before."""
+        reading = min(batches, new) * first + max(batches - new, 0) * again
+        return max(batches * network, reading / workers) if task.workers else batches * network + reading
+
+    seconds = spent(plan.total_steps, plan.steps_per_epoch, network * _passes(task.run.optim))
+    validation = len(task.validation_set) / plan.batch_size
+    forward = network / 3 * (task.info.eval_px / task.info.train_px) ** 2
+    seconds += spent(2 * validation * len(plan.eval_steps), validation, forward)
+    mib = 3 * sum(p.numel() * p.element_size() for p in task.model.parameters()) / 2**20
+    return seconds + len(plan.eval_steps) * (0.2 + mib / 200)  # checkpoints, by what disks write
+
+
+def _seconds_to_read(task: Classification, plan: Plan) -> tuple[float, Batch]:
+    """For one of the first batches, the quickest, and one of them."""
+    batches = task.batches(0, min(3, plan.total_steps), workers=0)
+    began = time.monotonic()
+    batch, seconds = next(batches), [time.monotonic() - began]
+    while len(seconds) < min(3, plan.total_steps) and sum(seconds) < 2:
+        began = time.monotonic()
+        batch = next(batches)
+        seconds.append(time.monotonic() - began)
+    return min(seconds), batch
 
 
 def describe(task: Classification, plan: Plan, folder: Path) -> str:
