@@ -441,7 +441,11 @@ def test_printed_commands_can_be_pasted(photos, tmp_path, capsys, monkeypatch):
     photos.rename(tmp_path / "my photos")
     for part in ("train", "validation"):
         (tmp_path / "my photos" / part / "red").rename(tmp_path / "my photos" / part / "dark red")
-    quick = [*QUICK.split(), "--steps", "2", "--warmup-steps", "1", "--recipe", "mnist5k"]  # nothing is measured
+    quick = [
+        *QUICK.replace("--epochs 2", "--steps 2 --warmup-steps 1").split(),
+        "--recipe",
+        "mnist5k",
+    ]  # nothing is measured
     main(["train", "my photos", *quick, "--out", "my run's"])
     said = {line.split()[0]: shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()[2:] if "'" in line}
     assert said["curves"] == ["tensorboard", "--logdir", "my run's"]
