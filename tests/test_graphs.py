@@ -190,7 +190,7 @@ def test_compiled_with_checkpointing():
     check_compiled(model, "aot_eager", (2, 64, 45))
 
 
-def test_compiled_by_inductor():
+def test_compiled_by_inductor(compiler):
     check_compiled(tiny("nf_resnet", depth=SHALLOW, features_only=True, out_indices=(1,)), "inductor", (2, 64, 45))
 
 
