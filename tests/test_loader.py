@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -316,6 +317,47 @@ def test_no_room_in_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
     with pytest.raises(WorkerDied, match=r"No space left on device .* lower --workers, or give more shared memory"):
         next(read_batches(double, [0], workers=1))
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine with one, as far as pinning goes; lists the threads that pin."""
+    threads: list[str] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return threads
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_thread_pins_the_batches(workers: int, accelerator: list[str]) -> None:
+    assert_same(stream(workers=workers, pin_memory=True, mixing=MIXING), stream(mixing=MIXING))
+    assert len(accelerator) == 14 * 5  # tensors
+    assert threading.main_thread().name not in accelerator
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_and_hanging_workers_behind_the_pinning_thread(workers: int, accelerator: list[str]) -> None:
+    batches = read_batches(double_batch, [0, 3], workers, pin_memory=True)
+    assert int(next(batches).images) == 0
+    with pytest.raises(KeyError, match="no such column"):
+        next(batches)
+    batches = read_batches(double_batch, [0, 2], workers=1, pin_memory=True)
+    assert int(next(batches).images) == 0
+    began = time.monotonic()
+    batches.close()  # type: ignore
+    assert time.monotonic() - began < 3
+    assert not multiprocessing.active_children()
+
+
+def double_batch(key: int) -> Batch:
+    return Batch(double(key), torch.tensor([0]), torch.tensor([0]), ())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
