@@ -1,3 +1,4 @@
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -52,15 +53,16 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int) -> None:
 
 @pytest.fixture
 def fresh_kernels() -> Iterator[Callable[[], None]]:
-    """Has the kernels looked for again, and each time that it is called; the test's environment leaves no trace."""
+    """Has the kernels looked for again, and each time that it is called; afterwards they are what they were."""
 
     def forget() -> None:
         native._state.cache_clear()
         native._load.cache_clear()
 
-    forget()
-    yield forget
-    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
+        patch.setattr(native, "_state", functools.cache(native._state.__wrapped__))
+        yield forget
 
 
 @pytest.fixture
