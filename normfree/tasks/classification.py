@@ -583,12 +583,13 @@ def estimated_seconds(task: Classification, plan: Plan) -> float:
         reading = min(batches, new) * first + max(batches - new, 0) * again
         return max(batches * network, reading / workers) if task.workers else batches * network + reading
 
-    seconds = spent(plan.total_steps, plan.steps_per_epoch, network * _passes(task.run.optim))
+    parameters = sum(p.numel() for p in task.model.parameters())
+    update = 0.002 + 0.7e-9 * parameters  # AGC, SGD and EMA, on two cores (docs/speed.md)
+    seconds = spent(plan.total_steps, plan.steps_per_epoch, network * _passes(task.run.optim) + update)
     validation = len(task.validation_set) / plan.batch_size
     forward = network / 3 * (task.info.eval_px / task.info.train_px) ** 2
     seconds += spent(2 * validation * len(plan.eval_steps), validation, forward)
-    mib = 3 * sum(p.numel() * p.element_size() for p in task.model.parameters()) / 2**20
-    return seconds + len(plan.eval_steps) * (0.2 + mib / 200)  # checkpoints, by what disks write
+    return seconds + len(plan.eval_steps) * (0.2 + 12 * parameters / 2e8)  # checkpoints of three copies, by a disk
 
 
 def _seconds_to_read(task: Classification, plan: Plan) -> tuple[float, Batch]:
