@@ -85,9 +85,8 @@ def check_writable(
         elif os.path.isfile(path):  # nothing is to be learnt from a pipe or a device, and a pipe could be closed by it
             open(path, "ab").close()
     except FileExistsError:
-        is_folder = os.path.isdir(path) and not parents
-        state = "is a folder; name a file in it" if is_folder else "exists; nothing was written"
-        raise InputError(f"{option} {path} {state}") from None
+        kind = "is a folder and " if os.path.isdir(path) else ""
+        raise InputError(f"{option} {path} {kind}exists; nothing was written") from None
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"there is no folder {folder}; create it first" if missing else (error.strerror or str(error)).lower()

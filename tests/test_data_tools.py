@@ -216,7 +216,7 @@ def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("nowhere/r.json", "there is no folder .*nowhere; create it first"),
         ("file/r.json", "cannot be written: not a directory"),
-        ("folder", "is a folder; name a file in it"),
+        ("folder", "is a folder and exists; nothing was written"),
         ("file", "exists; nothing was written"),
         ("dangling", "exists; nothing was written"),
         ("locked/r.json", "cannot be written: permission denied"),
@@ -484,6 +484,7 @@ def test_parquet_written_by_the_library(tmp_path: Path) -> None:
         pictures = IMAGES[: len(kinds)]
         table = datasets.Dataset.from_dict({"picture": pictures, "kind": kinds}, features=features)
         table.to_parquet(tmp_path / "in" / f"{part}-00000-of-00001.parquet")
+    (tmp_path / "in/docs").mkdir()  # one folder beside tables is none of classes
     train, validation = open_dataset(str(tmp_path / "in"))
     assert isinstance(train, TableImages)
     assert (train.class_names, list(train.targets)) == (tuple(names), [0, 1, 0, 1, 2, 2])
@@ -620,7 +621,7 @@ def test_lists_with_parts(tmp_path: Path) -> None:
     train, validation = open_dataset(str(root))
     assert (labels_of(train), labels_of(validation)) == ({"1.png": "b", "2.png": "a"}, {"3.png": "a"})
     (root / "labels.csv").write_text(split + "1.png,b,extra\n")
-    complaint(open_dataset, str(root), match="a row needs a path and a label, and a split, .* '1.png,b,extra'")
+    complaint(open_dataset, str(root), match="needs a path and a label, and in a column split .* '1.png,b,extra'")
 
     # one list a part, as at Kaggle: paths start at the list, or in a folder called as the list
     lists = dict(train="image_id,label\n1,9\n2,10\n", val="image_id,label\n3,9\n", test="id\n4\n")
@@ -676,7 +677,7 @@ def test_columns_of_lists_are_named(tmp_path: Path) -> None:
         ("", r"which column of .* is the image\?"),
         ("path,label\n", "lists no images: it needs a row for each"),
         ("path,label\n1.png,a\n9.png,b\n8.png,b\n", "lists 2 of 3 images that are not there, such as .*9.png"),
-        ("path,label\n1.png,a\n2.png\n", "a row needs a path and a label: '2.png'"),
+        ("path,label\n1.png,a\n2.png\n", "a row needs a path and a label.*: '2.png'"),
         ("path,label\n1.png,a\n2.png, \n", "a row needs a path and a label"),
         ("path,label\n1.png,a\n1.png,b\n", "1.png is listed as 'a' and as 'b': keep one of the rows"),
         ("path,label\n1.png,a\n2.png,a\n", "has one class only, 'a'"),

@@ -67,6 +67,15 @@ def test_mistakes_most_frequent_first():
     assert Accuracy(torch.eye(2, dtype=torch.int64)).mistakes(["a", "b"]) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "images", "share"),
+    [(12, 12, "100"), (999, 1000, "100"), (2, 3, "67"), (1, 10, "10"), (1, 12, "8.3"), (1, 3000, "0.033")],
+)
+def test_shares_of_mistakes_are_plain_numbers(wrong: int, images: int, share: str):
+    accuracy = Accuracy(torch.tensor([[images - wrong, wrong], [0, 1]]))
+    assert accuracy.mistakes(["cat", "dog"])[0].endswith(f" ({share} % of cat)")
+
+
 def test_reports_are_read_back(tmp_path: Path):
     report = example().report(NAMES)
     write_report(report, tmp_path / "a", ".json")

@@ -336,6 +336,7 @@ def test_parts_by_name(tmp_path: Path) -> None:
     )
     shard("two/train/0.tar")
     shard("two/test/0.tar")
+    (tmp_path / "two/models/old").mkdir(parents=True)
     train, validation = open_dataset(str(tmp_path / "two"))
     assert (len(train), len(validation)) == (2, 2)
     assert "test images serve for validation" in train.notes[0]

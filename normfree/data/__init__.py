@@ -10,7 +10,6 @@ from normfree.data.images import (
     changed,
     content_sample,
     count_sampled,
-    fingerprint,
     fits_in_memory,
     inventory,
     read_image,
@@ -19,14 +18,7 @@ from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.mixing import Mixing
 from normfree.data.named import DATASET_NAMES
 from normfree.data.randaugment import RandAugment
-from normfree.data.sources import (
-    describe_classes,
-    find_images,
-    has_validation,
-    look_at,
-    open_dataset,
-    open_evaluation,
-)
+from normfree.data.sources import find_images, has_validation, look_at, open_dataset, open_evaluation
 from normfree.data.transforms import EvalTransform, TrainTransform, normalize, sample_rng
 
 __all__ = [
@@ -45,10 +37,8 @@ __all__ = [
     "changed",
     "content_sample",
     "count_sampled",
-    "describe_classes",
     "eval_batches",
     "find_images",
-    "fingerprint",
     "fits_in_memory",
     "has_validation",
     "inventory",

@@ -384,14 +384,12 @@ def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> 
     on one side only: of two images or more the lowest lot is always held out, the highest always kept; a single image
     is kept. `prefix` is not part of a name, and accents may be written in either way that Unicode has.
     """
-
-    def place(index: int) -> int:
-        name = unicodedata.normalize("NFC", images.name(index).removeprefix(prefix))
-        return int.from_bytes(lot(seed, name))
-
+    if not 0 < fraction < 1:
+        raise InputError(f"the held-out share is {fraction}; it must lie between 0 and 1")
     by_class: dict[int, list[tuple[int, int]]] = {}
     for index, target in enumerate(images.targets):
-        by_class.setdefault(target, []).append((place(index), index))
+        name = unicodedata.normalize("NFC", images.name(index).removeprefix(prefix))
+        by_class.setdefault(target, []).append((int.from_bytes(lot(seed, name)), index))
     held_out: set[int] = set()
     for lots in by_class.values():
         below = sum(number < fraction * 2**64 for number, _ in lots)
@@ -402,15 +400,6 @@ def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> 
     return images.subset(kept), images.subset(sorted(held_out))
 
 
-def fingerprint(images: ImageSet) -> str:
-    """A hash of the names and classes of all images, in any order, wherever their folder lies."""
-    names = (images.name(i) + "\0" + images.class_names[target] for i, target in enumerate(images.targets))
-    digest = hashlib.blake2b(digest_size=16)
-    for line in sorted(names):
-        digest.update(os.fsencode(line) + b"\n")
-    return digest.hexdigest()
-
-
 Inventory = dict[str, dict[str, list]]  # part -> class -> [number of images, hash of their names in order]
 
 
@@ -418,30 +407,26 @@ def inventory(**parts: ImageSet) -> Inventory:
     """What `changed` compares: JSON, of a size that depends on the classes alone."""
     found: Inventory = {}
     for part, images in parts.items():
-        digests = [hashlib.blake2b(digest_size=8) for _ in images.class_names]
-        counts = [0] * len(digests)
+        names: dict[str, list[bytes]] = {name: [] for name in images.class_names}
         for index, target in enumerate(images.targets):
-            digests[target].update(os.fsencode(images.name(index)) + b"\0")
-            counts[target] += 1
-        rows = zip(images.class_names, counts, digests, strict=True)
-        found[part] = {name: [count, digest.hexdigest()] for name, count, digest in rows}
+            names[images.class_names[target]].append(os.fsencode(images.name(index)) + b"\0")
+        digests = {name: hashlib.blake2b(b"".join(of), digest_size=8).hexdigest() for name, of in names.items()}
+        found[part] = {name: [len(of), digests[name]] for name, of in names.items()}
     return found
 
 
 def changed(before: Inventory, now: Inventory) -> str | None:
     """In words, the first difference between two inventories."""
-    for part in before.keys() | now.keys():
-        old, new = before.get(part, {}), now.get(part, {})
-        for name in (*old, *new):
-            if name not in new or name not in old:
-                return f"class {name!r} is {'gone' if name in old else 'new'}"
-            if old[name][0] != new[name][0]:
-                return f"class {name!r} has {new[name][0]} {part} images and had {old[name][0]}"
-            if old[name] != new[name]:
-                return f"class {name!r} has other {part} images, or the same in another order"
-        if list(old) != list(new):
-            return "the classes are in another order"
-    return None
+    old, new = ({(part, name): found[part][name] for part in found for name in found[part]} for found in (before, now))
+    for part, name in (*old, *new):
+        was, is_now = old.get((part, name)), new.get((part, name))
+        if was is None or is_now is None:
+            return f"class {name!r} is {'new' if was is None else 'gone'}"
+        if was[0] != is_now[0]:
+            return f"class {name!r} has {is_now[0]} {part} images and had {was[0]}"
+        if was != is_now:
+            return f"class {name!r} has other {part} images, or the same in another order"
+    return None if list(old) == list(new) else "the classes are in another order"
 
 
 def content_sample(images: ImageSet, most: int = 64) -> tuple[str, ...]:

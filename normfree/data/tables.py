@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -105,28 +106,19 @@ def list_parts(files: Sequence[str], query: str = "") -> Parts:
     root = os.path.commonpath([os.path.dirname(file) or "." for file in files])
     groups = split_files(files)
     groups = {part: names for part, names in groups.items() if role_of(part)} or groups
-    if len(files) > 1 or _column("split", next(_rows(files[0]), []), {}) is None:
-        return named_parts(
-            groups, lambda part: _listed([row for file in groups[part] for row in _read_list(file, options)], root)
-        )
-    by_part: dict[str, list[_Row]] = {}
-    for row in _read_list(files[0], options):
-        by_part.setdefault(row.part, []).append(row)
-    return named_parts(by_part, lambda part: _listed(by_part[part], root))
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for group, names in groups.items():
+        for part, path, label in (row for file in names for row in _read_list(file, role_of(group) or group, options)):
+            rows.setdefault(part, []).append((path, label))
+    return named_parts(rows, lambda part: _listed(rows[part], root))
 
 
 def is_label_list(file: str) -> bool:
     """Whether the header of a CSV file has a column for images and one for labels."""
     with contextlib.suppress(InputError):
         header = next(_rows(file), [])
-        return None not in (_column(what, header, {}) for what in ("image", "label"))
+        return None not in (_named(what, header, {}) for what in ("image", "label"))
     return False
-
-
-class _Row(NamedTuple):
-    part: str
-    path: str
-    label: str
 
 
 def _rows(file: str) -> Iterator[list[str]]:
@@ -141,68 +133,65 @@ def _rows(file: str) -> Iterator[list[str]]:
         raise InputError(f"cannot read {file} ({reason})") from None
 
 
-def _column(what: str, header: Sequence[str], options: dict[str, str]) -> int | None:
-    """Which column it is: the one that the user names, else the first of the usual names."""
-    plain = [name.strip().lower().replace("file_", "file") for name in header]
+def _named(what: str, names: Sequence[str], options: dict[str, str]) -> str | None:
+    """Of columns the one that the user names, else the first of the usual names."""
     if what in options:
-        return header.index(options[what]) if options[what] in header else None
-    return next((plain.index(name) for name in _NAMES[what] if name in plain), None)
+        return options[what] if options[what] in names else None
+    plain = {name.strip().lower().replace("file_", "file"): name for name in reversed(names)}
+    return next((plain[name] for name in _NAMES[what] if name in plain), None)
 
 
-def _read_list(file: str, options: dict[str, str]) -> list[_Row]:
-    """What a list says. InputError where columns, labels or files are missing."""
+def _read_list(file: str, group: str, options: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(part, path, label) of each row of a list; the part is `group` where no column says it.
+
+    InputError where columns, labels or files are missing.
+    """
     header, *rows = list(_rows(file)) or [[]]
-    columns = [_column(what, header, options) for what in _NAMES]
-    for what, column in zip(("image", "label"), columns, strict=False):
-        if column is None:
+    columns = {what: _named(what, header, options) for what in _NAMES}
+    for what in ("image", "label"):
+        if columns[what] is None:
             raise InputError(f"which column of {file} is the {what}? add ?{what}=COLUMN; there are {', '.join(header)}")
     if not rows:
         raise InputError(f"{file} lists no images: it needs a row for each, under its header")
-    found, missing = [], []
-    place, ending = "", None
-    for row in rows:
-        path, label, part = ("" if c is None or c >= len(row) else row[c] for c in columns)
-        part, label = part if columns[2] is None else role_of(part), label.strip()
-        if not path or not label or part is None:
-            needs = "a path and a label" + (", and a split, train, validation or test" if part is None else "")
+    place, ending, missing = "", "", []
+    for number, row in enumerate(rows):
+        cells = dict(zip(header, map(str.strip, row), strict=False))
+        path, label, part = (cells.get(column or "", "") for column in columns.values())
+        part = role_of(part) if columns["split"] else group
+        if not path or not label or not part:
+            needs = "a path and a label, and in a column split train, validation or test"
             raise InputError(f"{file}: a row needs {needs}: {','.join(row)[:100]!r}")
-        if ending is None:
+        if not number:
             place, ending = _place(file, path)
         path = os.path.join(place, path + ending)
-        if not os.path.isfile(path):
-            path = path.replace("\\", "/")
-        if not os.path.isfile(path):
-            missing.append(path)
-        found.append(_Row(part, path, label))
+        path = path if os.path.isfile(path) else path.replace("\\", "/")
+        missing += [] if os.path.isfile(path) else [path]
+        yield part, path, label
     if missing:
-        raise InputError(f"{file} lists {len(missing)} of {len(found)} images that are not there, such as {missing[0]}")
-    return found
+        raise InputError(f"{file} lists {len(missing)} of {len(rows)} images that are not there, such as {missing[0]}")
 
 
 def _place(file: str, path: str) -> tuple[str, str]:
     """The folder at which the paths of a list start, and what they lack at the end, by the first `path`."""
-    folder, name = os.path.split(file)
-    for place in (folder, os.path.join(folder, os.path.splitext(name)[0]), os.path.join(folder, "images")):
-        for ending in ("", ".jpg", ".jpeg", ".png"):
-            if os.path.isfile(os.path.join(place, path + ending)):
-                return place, ending
-    return folder, ""
+    folder = os.path.dirname(file)
+    folders = (folder, os.path.splitext(file)[0], os.path.join(folder, "images"))
+    tried = itertools.product(folders, ("", ".jpg", ".jpeg", ".png"))
+    return next((found for found in tried if os.path.isfile(os.path.join(found[0], path + found[1]))), (folder, ""))
 
 
-def _listed(rows: Sequence[_Row], root: str) -> FolderImages:
-    """The images of these rows, each once, whatever the order of the rows."""
+def _listed(rows: Sequence[tuple[str, str]], root: str) -> FolderImages:
+    """The images of these (path, label), each once, whatever the order of the rows."""
     labels: dict[str, str] = {}
-    for row in rows:
-        path = os.path.relpath(row.path, root).replace(os.sep, "/")
-        if labels.setdefault(path, row.label) != row.label:
-            raise InputError(f"{path} is listed as {labels[path]!r} and as {row.label!r}: keep one of the rows")
+    for path, label in rows:
+        path = os.path.relpath(path, root).replace(os.sep, "/")
+        if labels.setdefault(path, label) != label:
+            raise InputError(f"{path} is listed as {labels[path]!r} and as {label!r}: keep one of the rows")
     numbers = all(label.isdecimal() for label in labels.values())
     names = sorted(set(labels.values()), key=lambda label: (int(label) if numbers else 0, label))
     place = {name: target for target, name in enumerate(names)}
     paths = sorted(labels)
-    return FolderImages(
-        class_names=tuple(names), targets=[place[labels[path]] for path in paths], root=root, paths=paths
-    )
+    targets = [place[labels[path]] for path in paths]
+    return FolderImages(class_names=tuple(names), targets=targets, root=root, paths=paths)
 
 
 def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
@@ -210,9 +199,11 @@ def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
 
     image = _choose("image", table, options, {"Image"}, _IMAGE_TYPES)
     label = _choose("label", table, options, {"ClassLabel"}, _LABEL_TYPES)
+    if not len(table):
+        raise InputError(f"part {part!r} has no rows, and so no images")
     written = table[label][:]
     named = isinstance(table.features[label], ClassLabel)
-    if None in written or (named and min(written, default=0) < 0):
+    if None in written or (named and min(written) < 0):
         raise InputError(f"images of {part} have no label in column {label!r}: use a part, or a column, that has them")
     names = sorted(set(written))
     place = {name: target for target, name in enumerate(names)}
@@ -229,21 +220,16 @@ def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
 
 
 def _choose(what: str, table: Any, options: dict[str, str], sure: set[str], possible: set[str]) -> str:
-    """The column that the user names; else the only one of a type that is `sure`, then of one that is `possible`; else
-    the one that is called as it should be."""
-
-    def of(types: set[str]) -> list[str]:
-        return [name for name, feature in table.features.items() if _type(feature) in types]
-
-    found = (
-        [name for name in of(sure | possible) if name == options[what]] if what in options else of(sure) or of(possible)
-    )
-    if len(found) > 1:
-        found = [column for name in _NAMES[what] for column in found if column.lower() == name][:1]
-    if not found:
-        columns = ", ".join(f"{name} ({_type(feature)})" for name, feature in table.features.items())
+    """The column that the user names; else, of those of a type that is `sure`, or else `possible`, the only one or the
+    one that is called as it should be."""
+    types = {name: _type(feature) for name, feature in table.features.items()}
+    found = [] if what in options else [name for name, kind in types.items() if kind in sure]
+    found = found or [name for name, kind in types.items() if kind in sure | possible]
+    column = found[0] if len(found) == 1 and what not in options else _named(what, found, options)
+    if column is None:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise InputError(f"which column is the {what}? add ?{what}=COLUMN; there are {columns}")
-    return found[0]
+    return column
 
 
 def _type(feature: Any) -> str:

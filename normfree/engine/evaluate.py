@@ -74,8 +74,9 @@ class Accuracy:
             if count:
                 true, taken = divmod(place, len(names))
                 share = 100 * count / int(self.confusion[true].sum())
+                percent = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
                 times = "once" if count == 1 else f"{count} times"
-                lines.append(f"{names[true]} taken for {names[taken]} {times} ({share:.2g} % of {names[true]})")
+                lines.append(f"{names[true]} taken for {names[taken]} {times} ({percent} % of {names[true]})")
         return lines
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
