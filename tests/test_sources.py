@@ -825,8 +825,9 @@ def test_complaints_about_the_name() -> None:
 
 def test_complaints_about_the_folder(tmp_path: Path) -> None:
     root = str(tmp_path)
-    complaint(open_dataset, root, match="has no class folders; expected .*CLASS/IMAGE")
+    complaint(open_dataset, root, match="is empty; expected .*CLASS/IMAGE")
     plant(tmp_path, "loose.png")
+    complaint(open_dataset, root, match="has no class folders; expected .*CLASS/IMAGE")
     complaint(open_dataset, str(tmp_path / "loose.png"), match="is a file; give the folder")
     (tmp_path / "cat").mkdir()
     complaint(open_dataset, root, match="has class folders but no images; 1 file is not read: 1 beside")
@@ -895,7 +896,7 @@ def test_parts_without_images(tmp_path: Path) -> None:
     held = tmp_path / "validation"
     held.mkdir()
     for call in (lambda: open_dataset(str(tmp_path)), lambda: open_evaluation(str(tmp_path), ["a", "b"])):
-        complaint(call, match="validation has no class folders; expected")
+        complaint(call, match="validation is empty; expected")
         (held / "a").mkdir()
         complaint(call, match="validation has class folders but no images; it is empty")
         (held / "a").rmdir()

@@ -264,7 +264,8 @@ def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> FolderImages:
     class_names = _subfolders(folder)
     if not class_names:
         expected = f"expected {folder}/CLASS/IMAGE, or {root}/train/CLASS/IMAGE beside {root}/validation/CLASS/IMAGE"
-        raise InputError(f"{folder} has no class folders; {expected}{_suggest(folder)}")
+        what = "has no class folders" if any(folder.iterdir()) else "is empty"
+        raise InputError(f"{folder} {what}; {expected}{_suggest(folder)}")
     paths: list[str] = []
     targets: list[int] = []
     others = Counter({"beside the class folders": sum(map(_is_image, os.listdir(folder)))})
