@@ -8,10 +8,12 @@ import enum
 import errno
 import os
 import pathlib
+import pickle
 import resource
 import signal
 import stat
 import subprocess
+import tarfile
 import types
 import unicodedata
 import zipfile
@@ -24,6 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.serialization import MAGIC_NUMBER
 
 import normfree
 from normfree.cli import main
@@ -33,6 +36,7 @@ from normfree.layers import WSConv2d
 from normfree.models import convert_weights, create_model, from_weights
 from normfree.models.network import Network
 from normfree.weights import read_weights
+from normfree.weights.pickles import OLD_TORCH
 from normfree.weights.timm import write_timm
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32).sin()
@@ -331,13 +335,68 @@ def test_nothing_of_a_checkpoint_runs(tmp_path):
                 refused(f"refused: a weight file has no business with {name}", normfree.load, path)
     torch.save({"model": nano()}, path)
     refused(r"refused: .* normfree\.models\.nfnet\.NFNet: save the network's state_dict", normfree.load, path)
-    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save begins
-        for name in ("x/data.pkl", "x/code/x.py", "x/constants.pkl"):
-            archive.writestr(name, b"")
-    refused("refused: .* TorchScript", normfree.load, path)
     torch.save({"model": state | {"x": Options()}}, path)
     refused(r"refused: .*Options", normfree.load, path)
     assert not trap.exists()
+
+
+def test_what_torch_load_would_run_is_refused_before(tmp_path, monkeypatch):
+    """TorchScript goes to torch.jit, tar archives are unpacked, a reference to a module may write its source code."""
+    path = tmp_path / "x.pth"
+    for name in ("torch.jit.load", "torch.serialization.tarfile.open"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("this is code of the file"))
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save does
+        for name, content in (("version", b"3"), ("data.pkl", b""), ("code/x.py", b""), ("constants.pkl", b"")):
+            archive.writestr(f"x/{name}", content)
+    refused("refused: .* TorchScript", normfree.load, path)
+    for begins in (b"tar", OLD_TORCH):  # as the name of its first file, or as old files of torch.save
+        with tarfile.TarFile(path, "w") as archive:
+            for name in ("x" * len(begins), "storages", "tensors", "pickle"):
+                archive.addfile(tarfile.TarInfo(name))
+        content = bytearray(path.read_bytes())
+        content[: len(begins)], content[148:156] = begins, b" " * 8
+        content[148:156] = b"%06o\0 " % sum(content[:512])
+        path.write_bytes(content)
+        with tarfile.TarFile(path) as archive:
+            assert len(archive.getnames()) == 4
+        refused("damaged", normfree.load, path)
+
+    class Module(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("module", Options, "x.py", "source") if value == "here" else None
+
+    with path.open("wb") as file:
+        for value in (MAGIC_NUMBER, 1001, {}):
+            pickle.dump(value, file, 2)
+        Module(file, 2).dump({"model": "here"})
+    refused("refused: .* a reference to 'module'", normfree.load, path)
+
+
+def test_tensors_that_are_not_in_their_file(tmp_path):
+    """Larger than their storage, of numbers that are missing or changed: memory that is not the file's is not read."""
+    model, path = nano(), tmp_path / "x.pth"
+    state = model.state_dict()
+    for bad in (torch.zeros(1).expand(2**40), torch.zeros(3, dtype=torch.complex64)):
+        torch.save(state | {"stem.conv0.bias": bad}, path)
+        refused("damaged or no weight file .*a tensor of", normfree.load, path)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    start = content.rindex(b"\x80\x02]q")  # the names of the storages whose numbers follow
+    path.write_bytes(content[:start] + pickle.dumps([], 2))
+    refused("damaged .*have no numbers", normfree.load, path)
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["head.fc.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    refused("damaged .*checksum", normfree.load, path)
+
+
+def test_torch_may_be_told_to_read_weights_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"model": nano().state_dict()}, tmp_path / "x.pth")
+    assert torch.equal(logits(normfree.load(tmp_path / "x.pth")), logits(nano()))
+    torch.save({"model": nano().state_dict(), "options": Options()}, tmp_path / "x.pth")
+    refused("refused: .* TORCH_FORCE_WEIGHTS_ONLY_LOAD", normfree.load, tmp_path / "x.pth")
 
 
 def test_damaged_files_of_every_kind(tmp_path):

@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normfree.config import InputError
 from normfree.weights.file import Report, replacing
-from normfree.weights.pickles import Refused, Unpickler
+from normfree.weights.pickles import Placeholder, Refused, Unpickler
 
 Tree = dict[str, dict[str, np.ndarray]]
 
@@ -52,16 +52,16 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 def _array(subtype: type, shape: tuple, dtype: Any) -> np.ndarray:
     """The empty array that numpy's pickles fill afterwards."""
-    if subtype is not np.ndarray or tuple(shape) != (0,):
+    if subtype is not Placeholder or tuple(shape) != (0,):
         raise Refused(f"an array of type {subtype!r} and shape {shape!r}")
     return np.ndarray((0,), dtype=np.dtype(dtype))
 
 
 def _array_at_once(rebuild: Callable, arguments: tuple, state: tuple, attributes: Any = None) -> np.ndarray:
     """How dill and JAX spell an array: what pickle does in two steps, in one call. JAX adds what it knows of types."""
-    if rebuild is not _array or (attributes and not isinstance(attributes, dict)):
+    array = rebuild(*arguments)
+    if not isinstance(array, np.ndarray):
         raise Refused(f"an array made by {rebuild!r}")
-    array = _array(*arguments)
     array.__setstate__(state)  # type: ignore[attr-defined]
     return array
 
@@ -75,29 +75,28 @@ def _scalar(dtype: np.dtype, data: bytes = b"") -> np.ndarray:
     return np.frombuffer(data, dtype, count=1).reshape(())
 
 
-_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{
-        (f"numpy.{core}.{module}", name): function  # the names of numpy 1 and numpy 2
-        for core in ("core", "_core")
-        for module, name, function in (
-            ("multiarray", "_reconstruct", _array),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _array_of_bytes),
-        )
-    },
-    ("dill._dill", "_create_array"): _array_at_once,
-    ("dill.dill", "_create_array"): _array_at_once,
-    ("jax._src.array", "_reconstruct_array"): _array_at_once,
-    ("jax._src.device_array", "reconstruct_device_array"): _array_at_once,
-    ("_codecs", "encode"): _latin1,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "dict"): dict,
-    ("haiku._src.data_structures", "FlatMapping"): dict,  # both reduce to one call with a plain dict
-    ("haiku._src.data_structures", "FlatMap"): dict,
-    ("haiku._src.data_structures", "frozendict"): dict,
-}
+class _HaikuUnpickler(Unpickler):
+    admitted: ClassVar[Mapping[str, Any]] = {
+        "numpy.ndarray": Placeholder,
+        "numpy.dtype": np.dtype,
+        **{
+            f"numpy.{core}.{name}": function  # the names of numpy 1 and numpy 2
+            for core in ("core", "_core")
+            for name, function in (
+                ("multiarray._reconstruct", _array),
+                ("multiarray.scalar", _scalar),
+                ("numeric._frombuffer", _array_of_bytes),
+            )
+        },
+        "dill._dill._create_array": _array_at_once,
+        "dill.dill._create_array": _array_at_once,
+        "jax._src.array._reconstruct_array": _array_at_once,
+        "jax._src.device_array.reconstruct_device_array": _array_at_once,
+        "_codecs.encode": _latin1,
+        "collections.OrderedDict": OrderedDict,
+        "builtins.dict": dict,
+        **{f"haiku._src.data_structures.{name}": dict for name in ("FlatMapping", "FlatMap", "frozendict")},
+    }
 
 
 def read_haiku(path: str | os.PathLike) -> Tree:
@@ -108,7 +107,7 @@ def read_haiku(path: str | os.PathLike) -> Tree:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            content = Unpickler(file, _ADMITTED).load()
+            content = _HaikuUnpickler(file).load()
         leaves = dict(_leaves(content))
     except Refused as error:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None

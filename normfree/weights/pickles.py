@@ -8,46 +8,25 @@ empty placeholders are made; a call of any other function is refused by its name
 from __future__ import annotations
 
 import io
-import math
+import os
 import pickle
+import re
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import FunctionType, SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save's files began before version 1.6
 
-Names = Mapping[tuple[str, str], Any]
-
 
 class Refused(pickle.UnpicklingError):
     """str() names what has no place in a weight file."""
-
-
-class Unpickler(pickle.Unpickler):
-    """Knows the names that are `admitted`; any other is refused."""
-
-    def __init__(self, file: BinaryIO, admitted: Names):
-        super().__init__(file)
-        self._admitted = admitted
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = IMPORT_MAPPING.get(module, module)  # Python 2's names, which protocol 2 still writes
-        if (module, name) not in self._admitted:
-            return self.unknown(f"{module}.{name}")
-        return self._admitted[module, name]
-
-    def unknown(self, name: str) -> Any:
-        raise Refused(name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise Refused("a reference to outside the file")
 
 
 class Placeholder:
@@ -60,6 +39,25 @@ class Placeholder:
         pass
 
     __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class Unpickler(pickle.Unpickler):
+    """Knows the names that are `admitted`, and what each stands for; any other is refused."""
+
+    admitted: ClassVar[Mapping[str, Any]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # Python 2's modules, which protocol 2 still writes
+        meaning = self.admitted[name] if name in self.admitted else self.unknown(name)
+        # a pickle can set attributes of a function, but not of a placeholder
+        return _calling(meaning) if isinstance(meaning, FunctionType) else meaning
+
+    def unknown(self, name: str) -> Any:
+        raise Refused(name)
+
+
+def _calling(function: Callable[..., Any]) -> type:
+    return type(function.__name__, (Placeholder,), {"__new__": lambda cls, *arguments: function(*arguments)})
 
 
 class _Uncallable(Placeholder):
@@ -79,175 +77,112 @@ class _Mapping(dict):
         pass
 
 
-@dataclass(frozen=True)
-class Storage:
-    """Numbers in a torch file, one after the other: their place in it, type and count."""
+class _Bytes(Placeholder):
+    """Stands for UntypedStorage. torch.load knows the other storages by their names."""
 
-    key: str
-    dtype: torch.dtype
-    numel: int
+    dtype = torch.uint8
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a torch file that has not been read."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
+def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
+    """A view of a storage. `more` are hooks and the like, left out, and in torch's third spelling the type."""
+    dtype = next((each for each in more if isinstance(each, torch.dtype)), storage.dtype)
+    tensor = torch.empty(0, dtype=dtype)
+    if tensor.is_quantized:  # of which torch would not check that they are inside their storage
+        raise ValueError(f"a tensor of type {dtype}")
+    return tensor.set_(storage._untyped_storage, offset, size, stride)
 
 
-def _rebuild(storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> Stored:
-    return Stored(storage, storage.dtype, offset, size, stride)
-
-
-def _rebuild_typed(storage: Storage, offset: int, size: tuple, stride: tuple, *more: Any) -> Stored:
-    return Stored(storage, more[2], offset, size, stride)  # after requires_grad and hooks
-
-
-def _rebuild_subclass(rebuild: Callable[..., Any], kind: Any, arguments: tuple, state: Any) -> Any:
-    return rebuild(*arguments)
-
-
-def _first(data: Any, *_: Any) -> Any:
+def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-_STORAGES = {
-    **dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Bool=torch.bool),
-    **dict(Long=torch.int64, Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8),
-}
-# what is called in the pickles of data: by everyone's options, logs and random states; modules and their names
-_DATA = """
-builtins set frozenset complex bytearray slice range
-copyreg _reconstructor
-_codecs encode
-argparse Namespace
-types SimpleNamespace
-collections deque
-datetime datetime date time timedelta timezone
-decimal Decimal
-fractions Fraction
-uuid UUID
-pathlib Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath
-pathlib._local Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath
-numpy dtype ndarray
-numpy.core.multiarray scalar _reconstruct
-numpy._core.multiarray scalar _reconstruct
-numpy.core.numeric _frombuffer
-numpy._core.numeric _frombuffer
-torch device Size
-torch.serialization _get_layout
-"""
-_ADMITTED: dict[tuple[str, str], Any] = {
-    **{(line.split()[0], name): Placeholder for line in _DATA.split("\n") for name in line.split()[1:]},
-    **{("collections", name): _Mapping for name in ("OrderedDict", "defaultdict", "Counter")},
-    **{("torch", f"{name}Storage"): dtype for name, dtype in _STORAGES.items()},
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _STORAGES.values()},
-    ("torch.storage", "UntypedStorage"): torch.uint8,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
-}
+def _subclass(rebuild: Callable[..., Any], kind: Any, arguments: tuple, state: Any) -> Any:
+    return rebuild(*arguments)
+
+
+# what is called in the pickles of data: by everyone's options, logs and random states
+_DATA = re.compile(
+    r"""builtins\.(set|frozenset|complex|bytearray|slice|range) | copyreg\._reconstructor | _codecs\.encode
+    | argparse\.Namespace | types\.SimpleNamespace | collections\.deque | datetime\.\w+ | decimal\.Decimal
+    | fractions\.Fraction | uuid\.UUID | pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path
+    | numpy\.(dtype|ndarray) | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
+    | torch\.(device|Size|serialization\._get_layout)""",
+    re.VERBOSE,
+)
 _DOERS = {*sys.stdlib_module_names, "torch", "numpy"} - {"__main__"}
 
 
 class _TorchUnpickler(Unpickler):
-    """Notes the storages that a torch file refers to, in `storages`."""
+    """For torch.load."""
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file, _ADMITTED)
-        self.storages: dict[str, Storage] = {}
+    admitted: ClassVar[Mapping[str, Any]] = {
+        **{f"collections.{name}": _Mapping for name in ("OrderedDict", "defaultdict", "Counter")},
+        **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+        **{f"torch._utils._rebuild_tensor{version}": _tensor for version in ("", "_v2", "_v3")},
+        **{f"torch._utils._rebuild_parameter{more}": _parameter for more in ("", "_with_state")},
+        "torch._tensor._rebuild_from_type_v2": _subclass,
+        "torch.storage.UntypedStorage": _Bytes,
+    }
 
     def unknown(self, name: str) -> type:
+        if _DATA.fullmatch(name):
+            return Placeholder
         return type(name, (_Uncallable if name.partition(".")[0] in _DOERS else Placeholder,), {})
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or any(view):
-            raise Refused(f"a reference to {kind!r}")
-        return self.storages.setdefault(str(key), Storage(str(key), dtype, numel))
 
-
-class TorchFile:
-    """What torch.save wrote: `content`, in which every tensor is a `Stored`, and `tensor` to read one.
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote: its tensors on the CPU, and placeholders for all that is no number, text or collection.
 
     Damaged files raise nearly any type of error; `Refused` names a function that a file wants to call.
     """
+    with path.open("rb") as opened:
+        file: Any = opened
+        if opened.read(len(OLD_TORCH)) == OLD_TORCH:
+            file = io.BytesIO(path.read_bytes())  # a file on the disk might also be read as a tar archive
+        else:
+            opened.seek(0)
+            # torch.load hands TorchScript, which is code, to torch.jit: so the question is what torch's reader sees
+            if "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records():
+                raise Refused("TorchScript: save the network's state_dict()")
+            archive = zipfile.ZipFile(opened)
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save's files are not")
+            if damaged := archive.testzip():  # torch compares no checksums
+                raise ValueError(f"the checksum of {damaged} is another")
+        file.seek(0)
+        return _load(file)
 
-    def __init__(self, path: Path):
-        self._file = path.open("rb")
-        self._bytes: Callable[[str], bytes]
-        self._kept: tuple[Storage | None, Tensor | None] = None, None
+
+def _load(file: Any) -> Any:
+    """torch.load with `_TorchUnpickler`, or where the environment forbids that, with torch's own restricted one."""
+    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
         try:
-            start = self._file.read(len(OLD_TORCH))
-            self._file.seek(0)
-            self.content = self._open_old() if start == OLD_TORCH else self._open_zip()
-        except BaseException:
-            self._file.close()
-            raise
+            return torch.load(file, "cpu", weights_only=True, mmap=False)
+        except pickle.UnpicklingError:
+            raise Refused("what TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids") from None
+    unfilled: set[Any] = set()  # storages of an old file, whose numbers come after the pickle that needs them
 
-    def _open_zip(self) -> Any:
-        archive = zipfile.ZipFile(self._file)
-        pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("torch.save did not write this archive")
-        root = pickles[0].removesuffix("data.pkl")
-        if root + "constants.pkl" in archive.namelist():
-            raise Refused("TorchScript: save the network's state_dict()")
-        if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
-            raise ValueError("it is compressed, which torch.save's files are not")
-        if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
-            raise ValueError("its numbers are big-endian")
-        self._bytes = lambda key: archive.read(f"{root}data/{key}")
-        return _TorchUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
+    class Ours(_TorchUnpickler):
+        def load(self) -> Any:
+            storage = getattr(self, "persistent_load", None)  # torch.load sets it
 
-    def _open_old(self) -> Any:
-        for _ in range(3):  # a magic number, a version, the sizes of C's types
-            _TorchUnpickler(self._file).load()
-        unpickler = _TorchUnpickler(self._file)
-        content = unpickler.load()
-        places: dict[str, tuple[int, int]] = {}
-        for key in _TorchUnpickler(self._file).load():
-            storage = unpickler.storages[str(key)]
-            numel, place = int.from_bytes(self._file.read(8), "little"), self._file.tell()
-            places[storage.key] = place, numel * storage.dtype.itemsize
-            self._file.seek(place + places[storage.key][1])
+            def persistent_load(pid: Any) -> Any:
+                if storage is None or pid[0] != "storage":  # a "module" has source code, to be compared and written
+                    raise Refused(f"a reference to {pid[0]!r}")
+                unfilled.update(pid[2:3] if len(pid) == 6 else ())
+                return storage(pid)
 
-        def read(key: str) -> bytes:
-            place, size = places[key]
-            self._file.seek(place)
-            return self._file.read(size)
+            self.persistent_load = persistent_load
+            return super().load()
 
-        self._bytes = read
-        return content
+    def load(file: Any, **options: Any) -> Any:
+        value = Ours(file, **options).load()
+        unfilled.difference_update(value if isinstance(value, list) else ())
+        return value
 
-    def tensor(self, stored: Stored) -> Tensor:
-        """A copy of its own, contiguous, on the CPU."""
-        storage, flat = self._kept
-        if flat is None or storage != stored.storage:  # several tensors may lie in one storage
-            storage = stored.storage
-            data = bytearray(self._bytes(storage.key))
-            if len(data) != storage.numel * storage.dtype.itemsize:
-                raise ValueError(f"storage {storage.key} has {len(data)} bytes")
-            flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-            self._kept = storage, flat
-        if math.prod(stored.size) * stored.dtype.itemsize > flat.numel():
-            raise ValueError(f"a tensor of {tuple(stored.size)} in a storage of {flat.numel()} bytes")
-        view = flat.view(stored.dtype).as_strided(stored.size, stored.stride, stored.offset)
-        return view.clone(memory_format=torch.contiguous_format)
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+    content = torch.load(
+        file, "cpu", SimpleNamespace(__name__="ours", Unpickler=Ours, load=load), weights_only=False, mmap=False
+    )
+    if unfilled:  # torch.load leaves them as the memory was
+        raise ValueError(f"{len(unfilled)} storages have no numbers")
+    return content

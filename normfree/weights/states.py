@@ -7,18 +7,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from normfree.config import InputError
 from normfree.weights.file import file_kind, some
-from normfree.weights.pickles import Placeholder, Refused, Stored, TorchFile
+from normfree.weights.pickles import Placeholder, Refused, load_torch
 
 # what compilation, sharding and recomputation put into names, wherever it is
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 # where scripts keep weights, the best first: averages, then the network as it is
-_AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "params_ema", "averages", "swa")
-_CURRENT = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params")
+_PLACES = (
+    *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "params_ema", "averages", "swa"),
+    *("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params"),
+)
 
 
 def plain_names(state: Mapping[str, Any], path: object) -> tuple[dict[str, Any], list[str]]:
@@ -46,15 +49,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     for anything else.
     """
     try:
-        if file_kind(path) != "torch":
-            state, left = plain_names(load_file(path), path)
-            tensors = {key: value.clone() for key, value in state.items()}
-            place = ""
-        else:
-            with TorchFile(path) as file:
-                place, found = _pick(file.content, path)
-                state, left = plain_names(found, path)
-                tensors = {key: file.tensor(stored) for key, stored in state.items()}
+        place, state = _pick(load_torch(path), path) if file_kind(path) == "torch" else ("", load_file(path))
+        state, left = plain_names(state, path)
+        tensors = {key: _copy(value) for key, value in state.items()}
     except InputError:
         raise
     except Refused as error:
@@ -67,36 +64,40 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return tensors, tuple(notes)
 
 
-def _pick(content: Any, path: Path) -> tuple[str, dict[str, Stored]]:
+def _copy(tensor: Tensor) -> Tensor:
+    """Contiguous, in memory of its own: aligned as torch's is, since sums over other tensors differ in the last bit."""
+    if tensor.is_complex() or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The state dict in a torch file and where it is: "" for the file itself."""
-    mappings = {place: each for place, each in _walk(content) if isinstance(each, Mapping)}
+    everything = dict(_walk(content))
     found = {
-        place: {str(key): value for key, value in each.items() if isinstance(value, Stored | Placeholder)}
-        for place, each in mappings.items()
-        if any(isinstance(value, Stored) for value in each.values())
+        place: each
+        for place, each in everything.items()
+        if isinstance(each, Mapping) and any(isinstance(value, Tensor) for value in each.values())
     }
-    found = {place: each for place, each in found.items() if any("stem." in key for key in each)} or found
+    found = {place: each for place, each in found.items() if any("stem." in str(key) for key in each)} or found
     if not found:
-        names = (type(each).__name__ for _, each in _walk(content) if isinstance(each, Placeholder))
-        whole = next((name for name in names if "." in name), None)
-        if whole is not None:
-            raise Refused(f"{whole}: save the network's state_dict()")
+        objects = (type(each).__name__ for each in everything.values() if isinstance(each, Placeholder))
+        for name in objects:
+            if "." in name:
+                raise Refused(f"{name}: save the network's state_dict()")
         raise InputError(f"{path} holds no state dict: names with tensors are expected")
-    ranks = [*_AVERAGES, *_CURRENT]
 
     def rank(place: str) -> int:
-        return min((ranks.index(part) for part in place.split("/") if part in ranks), default=len(ranks))
+        return min((_PLACES.index(part) for part in place.split("/") if part in _PLACES), default=len(_PLACES))
 
     place = min(found, key=rank)
     same = [each for each in found if rank(each) == rank(place)]
     if len(same) > 1:
         raise InputError(f"{path} holds several state dicts ({some([*map(repr, same)])}): save the one to be read")
-    state = {}
-    for key, value in found[place].items():
+    for value in found[place].values():
         if isinstance(value, Placeholder):
             raise Refused(type(value).__name__)
-        state[key] = value
-    return place, state
+    return place, {str(key): value for key, value in found[place].items() if isinstance(value, Tensor)}
 
 
 def _walk(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
