@@ -73,7 +73,7 @@ def with_other_head(model):
 
 def with_other_stem(model):
     old = model.stem.conv0
-    model.stem.conv0 = WSConv2d(4, old.out_channels, 3, old.stride[0], input_scale=old.input_scale)
+    model.stem.conv0 = WSConv2d(4, old.out_channels, 3, old.stride, old.padding, input_scale=old.input_scale)
 
 
 def with_one_tensor_twice(model):

@@ -81,7 +81,7 @@ def _read_own(
     attempts: Sequence[Mapping[str, Any]],
 ) -> Weights:
     """A state dict of a network of ours, which shows its architecture and not its options; those are in `attempts`."""
-    stem = next((state[key] for key in ("stem.conv0.weight", "stem.conv.weight") if key in state), None)
+    stem = state.get("stem.conv0.weight", state.get("stem.conv.weight"))
     in_channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     num_classes, depth = timm.size(state, "head.fc"), timm.depth(state)
     candidates = [name] if name else [each for each in TABLE if tuple(defaults(each)["depth"]) == depth]
@@ -205,6 +205,7 @@ def from_weights(
     pooling = {"global_pool"} if num_classes else set()  # a classifier needs it, whatever the file does without one
     options = {key: value for key, value in info.overrides.items() if key not in pooling} | overrides
     model = build(name, num_classes, in_channels, options)
+    own = model.state_dict()
     recorded = defaults(name) | info.overrides
     changed = {key: value for key, value in overrides.items() if key not in TRAINING_ONLY and recorded[key] != value}
     if changed:
@@ -220,15 +221,11 @@ def from_weights(
     if model.out_indices is None:
         rows, said = _rows_kept(info, num_classes, class_names)
         notes.append(said)
-        for key, own in model.state_dict().items():
-            if key.startswith("head.fc."):
-                new = own.clone()
-                if rows and key in state:
-                    new[[row for row, _ in rows]] = state[key][[row for _, row in rows]].to(new.dtype)
-                state[key] = new
-        if not num_classes:
-            state = {key: value for key, value in state.items() if not key.startswith("head.fc.")}
-    own = model.state_dict()
+        old = {key: state.pop(key) for key in [*state] if key.startswith("head.fc.")}
+        for key in (key for key in own if key.startswith("head.fc.")):
+            state[key] = own[key].clone()
+            if rows and key in old:
+                state[key][[row for row, _ in rows]] = old[key][[row for _, row in rows]].to(own[key].dtype)
     _load_state(model, {key: value.to(own[key].dtype) if key in own else value for key, value in state.items()}, path)
     kept = class_names or (info.class_names if num_classes == info.num_classes else ())
     model.info = replace(
@@ -289,8 +286,10 @@ def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = Non
         OSError: the disk is full; the file that was there is still whole.
     """
     network = _unwrapped(model)
-    full = {key: _whole(value) for key, value in network.state_dict().items()}
-    state, _ = plain_names(full, path)
+    state, _ = plain_names(network.state_dict(), path)
+    for key, value in state.items():
+        if hasattr(value, "full_tensor"):  # a DTensor, of which this rank has a shard; its class takes long to import
+            state[key] = value.full_tensor()
     known = info or getattr(network, "info", None)
     if known is None:
         raise InputError(
@@ -298,11 +297,6 @@ def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = Non
             "info=ModelInfo(architecture, num_classes, ...)"
         )
     write_weights(path, state, _described(network, state, known, info is not None))
-
-
-def _whole(value: Tensor) -> Tensor:
-    """All of a tensor of which this rank has a shard (a DTensor, whose class takes seconds to import)."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[attr-defined]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -325,11 +319,8 @@ def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo,
     num_classes = info.num_classes if extracts else timm.size(state, "head.fc")
     if (num_classes, in_channels) != (info.num_classes, info.in_channels):
         if strict:
-            theirs, ours = (
-                f"{a} classes and {b} channels"
-                for a, b in ((info.num_classes, info.in_channels), (num_classes, in_channels))
-            )
-            raise InputError(f"info is for {theirs}, the network has {ours}")
+            theirs = f"{info.num_classes} classes and {info.in_channels} channels"
+            raise InputError(f"info is for {theirs}, the network has {num_classes} and {in_channels}")
         names = info.class_names if num_classes == info.num_classes else ()
         info = replace(info, num_classes=num_classes, class_names=names)
     like = _on_meta(info.architecture, num_classes, in_channels, info.overrides)
@@ -338,7 +329,7 @@ def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo,
         info = replace(info, in_channels=in_channels, mean=like.info.mean, std=like.info.std)
     difference = _difference(like.state_dict(), state)
     if not difference:
-        own, expected = _modules(network), _modules(like)
+        own, expected = (plain_names(dict(each.named_modules()), "this network")[0] for each in (network, like))
         wrong = [key for key in expected if key not in own or not _alike(own[key], expected[key])]
         difference = f"layer {wrong[0]!r} is another" if wrong else ""
     if difference:
@@ -348,14 +339,10 @@ def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo,
     return info
 
 
-def _modules(network: nn.Module) -> dict[str, nn.Module]:
-    return plain_names(dict(network.named_modules()), "the network")[0]
-
-
 def _alike(own: nn.Module, like: nn.Module) -> bool:
     """Whether two layers compute the same from the same tensors: kind, strides, padding, scales, activation."""
-    norm = nn.modules.batchnorm._BatchNorm  # SyncBatchNorm is another of them
-    if not isinstance(own, norm if isinstance(like, norm) else type(like)):
+    several = (nn.modules.batchnorm._BatchNorm, nn.Linear)  # which have subclasses that compute the same
+    if not isinstance(own, next((kind for kind in several if isinstance(like, kind)), type(like))):
         return False
     spelled = isinstance(like, nn.modules.conv._ConvNd | nn.Linear | Activation)
     return not spelled or own.extra_repr() == like.extra_repr()

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -166,16 +167,10 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: Mo
         ModelInfo.from_metadata(metadata)
     except (ValueError, TypeError) as error:
         raise InputError(f"cannot write {path}: its header would be unreadable ({error})") from None
-    tensors, taken = {}, set()
-    for key, value in state.items():
-        if value.is_meta:
-            raise InputError(f"cannot write {path}: the network is on the device meta, where tensors hold no numbers")
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() != tensor.nbytes:  # shared, which safetensors refuses
-            tensor = tensor.clone()
-        taken.add(storage.data_ptr())
-        tensors[key] = tensor
+    if any(value.is_meta for value in state.values()):
+        raise InputError(f"cannot write {path}: the network is on the device meta, where tensors hold no numbers")
+    # copies share no memory, which safetensors refuses
+    tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
