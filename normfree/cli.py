@@ -248,6 +248,7 @@ def check_data(
     if out is not None:
         check_writable(out)
     from normfree.data.check import check, report_lines
+    from normfree.engine.log import progress
 
     with progress("check") as show:
         report = check(data, workers=readers(workers), show=show)
@@ -277,6 +278,7 @@ def pack_data(
         workers: Processes that read; None: one less than the cores.
     """
     from normfree.data.pack import pack
+    from normfree.engine.log import progress
 
     with progress("pack") as show:
         left_out = pack(data, out, shard_mb=shard_mb, px=px, quality=quality, workers=readers(workers), show=show)
@@ -289,45 +291,6 @@ def readers(workers: int | None) -> int:
     """Processes for work that is all reading."""
     check_range("workers", workers, 0, MAX_WORKERS)
     return max(1, (os.cpu_count() or 2) - 1) if workers is None else workers
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives `show(done, total)`, which draws a bar of images."""
-    from normfree.engine.log import ProgressBar
-
-    bars: list[ProgressBar] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(ProgressBar(what, total, done, unit="images"))
-        bars[0].update(done)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()
-
-
-DATA_HELP = """\
-usage: normfree data TOOL ...
-
-  check DATA              read every image: what is broken, odd, there twice, in training and validation
-  pack DATA OUT           the images as tar shards, for large data sets and slow disks
-
-`normfree data TOOL --help` lists the options of a tool.
-"""
-
-
-def data(args: Sequence[str]) -> None:
-    if args and args[0] in ("-h", "--help"):
-        print(DATA_HELP, end="")
-        return
-    tools = {"check": verb("data check", check_data), "pack": verb("data pack", pack_data)}
-    if not args or args[0] not in tools:
-        raise InputError("data is followed by check or pack: normfree data check DATA, normfree data pack DATA OUT")
-    tools[args[0]](args[1:])
 
 
 def verb(name: str, function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
@@ -344,7 +307,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": verb("eval", evaluate),
     "predict": verb("predict", predict),
-    "data": data,
+    "data check": verb("data check", check_data),
+    "data pack": verb("data pack", pack_data),
     "models": verb("models", models),
     "signal": verb("signal", signal),
     "convert": verb("convert", convert),
@@ -453,9 +417,14 @@ def _run(args: Sequence[str]) -> None:
 
         print(f"normfree {package_version()}, torch {version('torch')}\nkernels {status()}")
         return
-    if args[0] not in VERBS:
-        raise InputError(f"no verb {args[0]!r}{nearest(args[0], VERBS)}; there are {', '.join(VERBS)}")
-    VERBS[args[0]](args[1:])
+    words = 2 if args[0] == "data" else 1
+    name = " ".join(args[:words])
+    if name in ("data -h", "data --help"):
+        print(*(line for line in HELP.splitlines() if line.startswith("  data ")), sep="\n")
+        return
+    if name not in VERBS:
+        raise InputError(f"no verb {name!r}{nearest(name, VERBS)}; there are {', '.join(VERBS)}")
+    VERBS[name](args[words:])
 
 
 def _drop_output() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.data import Batch
-from normfree.engine.evaluate import Accuracy, evaluate, score_table, write_report
+from normfree.engine.evaluate import Accuracy, ClassScore, evaluate, score_table, write_report
 
 NAMES = ["cat", "dog, wild", "=eel\n"]
 
@@ -54,6 +54,17 @@ def test_scores():
         "cat   75.00 %    66.67 %   70.59 %  6/8",
         "dog   66.67 %    80.00 %   72.73 %  8/12",
         "eel         -     0.00 %    0.00 %  0/0",
+    ]
+
+
+def test_of_many_classes_the_lowest_and_the_highest_are_shown():
+    scores = [ClassScore(f"class{n}", 20, n, 20) for n in range(19, -1, -1)]
+    assert [line.split()[-1] for line in score_table(scores[:10], most=10)[1:]] == [f"{n}/20" for n in range(19, 9, -1)]
+    lines = score_table([*scores, ClassScore("absent", 0, 0, 0)], most=10)[1:]
+    assert [line.split()[-1] for line in lines] == [
+        *(f"{n}/20" for n in range(5)),
+        "...",
+        *(f"{n}/20" for n in range(15, 20)),
     ]
 
 

@@ -14,7 +14,7 @@ from test_train import records, small_run
 from normfree import cli
 from normfree.config import InputError, load_config, save_config
 from normfree.engine import loop
-from normfree.engine.evaluate import Accuracy, class_table
+from normfree.engine.evaluate import Accuracy, ClassScore, score_table
 from normfree.models import load
 from normfree.tasks import classification
 from normfree.tasks.classification import Classification, evaluate_weights, resume, start
@@ -79,11 +79,11 @@ def test_the_classes_are_logged_and_shown_at_the_end(photos, tmp_path, capsys):
     (line,) = records(folder, "classes")
     (*_, last) = records(folder, "eval")
     accuracy, info = evaluate_weights(str(folder / "last.safetensors"), str(photos), device="cpu", workers=0)
-    rows = [(name, row["right"], row["images"]) for name, row in line["classes"].items()]
-    assert rows == accuracy.per_class(info.class_names)
+    scores = accuracy.scores(info.class_names)
+    assert [ClassScore(name, **row) for name, row in line["classes"].items()] == scores
     assert line["step"] == last["step"] == 18
     assert outcome.report == line["classes"]
-    assert said.splitlines()[-3:] == class_table(line["classes"])
+    assert said.splitlines()[-4:] == score_table(scores)
 
 
 def test_a_complete_run_is_resumed_to_the_same_end(photos, tmp_path, capsys):
@@ -100,24 +100,6 @@ def test_a_complete_run_is_resumed_to_the_same_end(photos, tmp_path, capsys):
     del content["extra"]["report"]
     manifest.write_text(json.dumps(content))
     assert resume(folder).report == {}
-
-
-def report_of(*right: int) -> dict[str, dict[str, int]]:
-    return {f"class{i}": {"right": n, "images": 20} for i, n in enumerate(right)}
-
-
-def test_class_table_from_worst_to_best():
-    assert class_table({}) == []
-    few = {"cat": {"right": 3, "images": 3}, "wild boar": {"right": 4, "images": 16}}
-    assert class_table(few) == [
-        "classes  wild boar   25.00 %  4/16",
-        "         cat        100.00 %  3/3",
-    ]
-    ten = class_table(report_of(*range(10)))
-    assert [line[:8].strip() for line in ten] == ["classes"] + [""] * 9
-    many = class_table(report_of(*range(19, -1, -1)))
-    assert [line.split()[-1] for line in many] == [f"{n}/20" for n in (0, 1, 2, 3, 4, 15, 16, 17, 18, 19)]
-    assert [line[:8].strip() for line in many] == ["worst", "", "", "", "", "best", "", "", "", ""]
 
 
 class FakeWandb(ModuleType):

@@ -83,7 +83,7 @@ def test_a_run_learns_and_leaves_what_it_promises(photos, tmp_path):
     assert accuracy.num_images == 18
     assert info.class_names == ("blue", "green", "red")
     assert (info.train_px, info.eval_px, info.eval_crop) == (16, 16, "center")
-    assert sum(images for _, _, images in accuracy.per_class(info.class_names)) == 18
+    assert sum(score.images for score in accuracy.scores(info.class_names)) == 18
 
 
 def test_tensorboard_holds_the_curves(photos, tmp_path):

@@ -6,13 +6,12 @@ import csv
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from io import FileIO, StringIO
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from normfree.data import EvalTransform, FolderImages, eval_batches, find_images
 from normfree.data.remote import short_hash
 from normfree.engine.distributed import pick_device
 from normfree.engine.evaluate import prepare
-from normfree.engine.log import ProgressBar
-from normfree.engine.loop import Interrupted
+from normfree.engine.log import progress
+from normfree.engine.loop import Interrupted, Signals
 from normfree.models import load
 
 BATCH = 32
@@ -41,12 +40,7 @@ class Prediction:
 
 
 def predict(
-    weights: str,
-    paths: Sequence[str],
-    top: int = 1,
-    device: str | None = None,
-    workers: int = 0,
-    show: Callable[[int, int], None] = lambda seen, total: None,
+    weights: str, paths: Sequence[str], top: int = 1, device: str | None = None, workers: int = 0
 ) -> Iterator[Prediction]:
     """The `top` most probable classes of every image in `paths` (files and folders), in order.
 
@@ -55,7 +49,7 @@ def predict(
     Raises:
         InputError: there is nothing to predict; a weight file or an option that cannot be used.
     """
-    return _predict(weights, *find_images(paths), top, device, workers, show)
+    return chain.from_iterable(_predict(weights, *find_images(paths), top, device, workers))
 
 
 def _predict(
@@ -65,10 +59,9 @@ def _predict(
     top: int,
     device: str | None,
     workers: int,
-    show: Callable[[int, int], None],
     start: int = 0,
-) -> Iterator[Prediction]:
-    """`predict` from file number `start` on; `failed` says which paths are no files to read, and why."""
+) -> Iterator[list[Prediction]]:
+    """`predict` from file number `start` on, in batches; `failed` says which paths are no files to read, and why."""
     check_range("workers", workers, 0, MAX_WORKERS)
     where = pick_device(device)
     model = load(weights).float()
@@ -87,23 +80,21 @@ def _predict(
         images, transform, batch_size=BATCH, workers=workers, channels=info.in_channels, min_px=transform.min_px
     )
 
-    def run() -> Iterator[Prediction]:
+    def run() -> Iterator[list[Prediction]]:
         for number, batch in enumerate(batches):
-            chunk = rest[number * BATCH : (number + 1) * BATCH]
-            results: dict[int, tuple[tuple[str, float], ...]] = {}
+            found: dict[int, tuple[tuple[str, float], ...]] = {}
             if len(batch.indices):
                 with torch.inference_mode():
                     probability = model(prepare(batch.images, info.mean, info.std, where)).float().softmax(1).cpu()
-                values, classes = probability.topk(top, 1)
-                rows = zip(batch.indices.tolist(), values.tolist(), classes.tolist(), strict=True)
-                for index, row_values, row_classes in rows:
-                    results[index] = tuple((names[c], v) for c, v in zip(row_classes, row_values, strict=True))
-            reasons = iter(batch.unreadable)
-            for index, path in enumerate(chunk, number * BATCH):
-                error = "" if index in results else next(reasons)
+                values, classes = (best.tolist() for best in probability.topk(top, 1))
+                for index, row_values, row_classes in zip(batch.indices.tolist(), values, classes, strict=True):
+                    found[index] = tuple((names[c], v) for c, v in zip(row_classes, row_values, strict=True))
+            reasons, rows = iter(batch.unreadable), []
+            for index, path in enumerate(rest[number * BATCH : (number + 1) * BATCH], number * BATCH):
+                error = "" if index in found else next(reasons)
                 error = f"{path}: {failed[path]}" if path in failed else error
-                yield Prediction(path, results.get(index, ()), error)
-            show(start + number * BATCH + len(chunk), len(files))
+                rows.append(Prediction(path, found.get(index, ()), error))
+            yield rows
 
     return run()
 
@@ -124,7 +115,7 @@ def write_predictions(
     Raises:
         InputError: as `predict`; `out` exists, has another suffix, cannot be written, is being written by another
             process, or was begun with other arguments; no image at all could be read.
-        OSError: a row could not be written.
+        OSError: rows could not be written.
         Interrupted: SIGINT or SIGTERM came.
     """
     if out is not None:
@@ -132,36 +123,27 @@ def write_predictions(
             raise InputError(f"--out {out}: the name must end in .csv or .jsonl")
         check_writable(out)
     files, failed = find_images(paths)
+    as_json = out is not None and out.endswith(".jsonl")
     with ExitStack() as stack:
-        table = None if out is None else stack.enter_context(_Table(out, _key(weights, files, top)))
-        done, unreadable = (0, 0) if table is None else table.whole_rows()
-        bar = None if out is None else ProgressBar("predict", len(files), done, unit="images")
-        if bar is not None:
-            stack.callback(bar.close)
-
-        def show(seen: int, total: int) -> None:
-            if bar is not None:
-                bar.update(seen)
-
-        rows = _predict(weights, files, failed, top, device, workers, show, done)
-        write = sys.stdout.write if table is None else table.write
-        as_json = out is not None and out.endswith(".jsonl")
-
-        def stop(number: int, frame: object) -> None:
-            go_on = "" if table is None else f"; the rows are in {table.path}: the same command goes on"
-            raise Interrupted(f"stopped after {done} of {len(files)} images{go_on}", 128 + number)
-
-        stack.enter_context(_on_signals(stop))
-        if not as_json and not done:
-            ranks = [""] + [f"_{i}" for i in range(2, top + 1)]
-            columns = [name + rank for rank in ranks for name in ("label", "probability")]
-            write(_csv_line(["path", *columns, "error"]))
-        for row in rows:
-            write(_json_line(row) if as_json else _csv_line(_cells(row, top)))
-            done += 1
-            if row.error:
-                unreadable += 1
-                print(f"warning: {row.error}", file=sys.stderr)
+        table = None if out is None else _Table(out, _key(weights, files, top), stack)
+        done, unreadable = (0, 0) if table is None else (table.done, table.unreadable)
+        batches = _predict(weights, files, failed, top, device, workers, done)
+        show = stack.enter_context(progress("predict"))
+        signals = stack.enter_context(Signals())
+        for rows in batches:
+            if signals.received:
+                go_on = "" if table is None else f"; the rows are in {table.path}: the same command goes on"
+                raise Interrupted(f"stopped after {done} of {len(files)} images{go_on}", 128 + signals.received)
+            text = "".join(map(_json_line, rows)) if as_json else _csv(rows, top, header=not done)
+            errors = [row.error for row in rows if row.error]
+            done, unreadable = done + len(rows), unreadable + len(errors)
+            if table is None:
+                sys.stdout.write(text)
+            else:
+                table.add(text, done, unreadable)
+                show(done, len(files))
+            for error in errors:
+                print(f"warning: {error}", file=sys.stderr)
         if table is not None:
             table.finish()
     if unreadable == len(files):
@@ -170,73 +152,56 @@ def write_predictions(
 
 
 class _Table:
-    """OUT.partial, which gets the name OUT when it has all rows; OUT.partial.key says what they are rows of.
+    """OUT.partial, which gets the name OUT when it has all rows, for this process alone until `stack` is left.
 
-    As a context, it keeps other processes away. Rows are written one by one, so that what is there can be kept.
+    OUT.partial.json says what they are rows of and how many are whole; what follows these is cut off.
     """
 
-    def __init__(self, out: str, key: str) -> None:
-        self.out, self.key = out, key
-        self.path, self.key_path, self.lock = (
-            Path(f"{out}.partial"),
-            Path(f"{out}.partial.key"),
-            FileLock(f"{out}.lock"),
-        )
-        self.file: FileIO | None = None
-
-    def __enter__(self) -> _Table:
+    def __init__(self, out: str, key: str, stack: ExitStack) -> None:
+        self.out, self.path, self.state = Path(out), Path(f"{out}.partial"), Path(f"{out}.partial.json")
+        self.key, self.done, self.unreadable = key, 0, 0
+        lock = FileLock(f"{out}.lock", timeout=0)
         try:
-            self.lock.acquire(blocking=False)
+            stack.enter_context(lock)
         except Timeout:
-            raise InputError(f"--out {self.out} is being written by another process") from None
-        return self
+            raise InputError(f"--out {out} is being written by another process") from None
+        stack.callback(os.unlink, lock.lock_file)
+        if self.path.exists():
+            state: dict[str, Any] = {}
+            with suppress(OSError, ValueError):
+                state = json.loads(self.state.read_text())
+            if state.get("key") != key or state["bytes"] > self.path.stat().st_size:
+                raise InputError(
+                    f"{self.path} was begun with other weights, images or --top: repeat those, or delete it"
+                )
+            os.truncate(self.path, state["bytes"])
+            self.done, self.unreadable = state["done"], state["unreadable"]
 
-    def __exit__(self, *exception: object) -> None:
-        if self.file is not None:
-            self.file.close()
-        Path(self.lock.lock_file).unlink(missing_ok=True)
-        self.lock.release()
-
-    def whole_rows(self) -> tuple[int, int]:
-        """How many rows are there already, and how many of these are errors; half a row at the end is cut off."""
-        if not self.path.exists():
-            return 0, 0
-        if not self.key_path.exists() or self.key_path.read_text() != self.key:
-            raise InputError(f"{self.path} was begun with other weights, images or --top: repeat those, or delete it")
-        is_csv = self.out.endswith(".csv")
-        rows = errors = size = 0
-        row = b""
-        with self.path.open("rb") as file:
-            for line in file:
-                row += line
-                if not line.endswith(b"\n") or (is_csv and row.count(b'"') % 2):  # of a name with a line break
-                    continue
-                if not (is_csv and size == 0):  # the names of the columns
-                    rows += 1
-                    text = row.decode()
-                    errors += next(csv.reader(StringIO(text)))[-1] != "" if is_csv else "error" in json.loads(text)
-                size += len(row)
-                row = b""
-        os.truncate(self.path, size)
-        return rows, errors
-
-    def write(self, text: str) -> None:
-        content = utf8(text)
+    def add(self, text: str, done: int, unreadable: int) -> None:
+        """Writes rows, with which `done` are there, `unreadable` of them errors."""
         try:
-            if self.file is None:
-                self.key_path.write_text(self.key)
-                self.file = FileIO(self.path, "a")
-            while content:
-                content = content[self.file.write(content) :]
+            if not self.done:
+                self._save(0)  # half a row may be left of the first ones
+            with self.path.open("ab") as file:
+                file.write(utf8(text))
+                size = file.tell()
+            self.done, self.unreadable = done, unreadable
+            self._save(size)
         except OSError as error:
             go_on = f"the rows so far are in {self.path}: the same command goes on"
             raise OSError(f"cannot write {self.out}: {(error.strerror or str(error)).lower()}; {go_on}") from None
+
+    def _save(self, size: int) -> None:
+        state = {"key": self.key, "done": self.done, "unreadable": self.unreadable, "bytes": size}
+        unfinished = self.state.with_suffix(".new")
+        unfinished.write_text(json.dumps(state))
+        unfinished.replace(self.state)
 
     def finish(self) -> None:
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         self.path.rename(self.out)
-        self.key_path.unlink()
+        self.state.unlink()
 
 
 def _key(weights: str, files: Sequence[str], top: int) -> str:
@@ -248,27 +213,16 @@ def _key(weights: str, files: Sequence[str], top: int) -> str:
     return short_hash("\0".join([content, str(top), *files]))
 
 
-@contextmanager
-def _on_signals(stop: Callable[[int, object], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop`, where this is the main thread."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _csv_line(cells: Sequence[str]) -> str:
-    line = StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
-
-
-def _cells(row: Prediction, top: int) -> list[str]:
-    cells = [cell for label, value in row.top for cell in (label, f"{value:.4f}")]
-    return [row.path, *cells, *[""] * (2 * top - len(cells)), row.error]
+def _csv(rows: Sequence[Prediction], top: int, header: bool) -> str:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        ranks = [""] + [f"_{i}" for i in range(2, top + 1)]
+        writer.writerow(["path", *(name + rank for rank in ranks for name in ("label", "probability")), "error"])
+    for row in rows:
+        cells = [cell for label, value in row.top for cell in (label, f"{value:.4f}")]
+        writer.writerow([row.path, *cells, *[""] * (2 * top - len(cells)), row.error])
+    return text.getvalue()
 
 
 def _json_line(row: Prediction) -> str:

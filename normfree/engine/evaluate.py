@@ -55,11 +55,6 @@ class Accuracy:
         shares = self.confusion.diagonal()[images > 0] / images[images > 0]
         return 100 * shares.mean().item() if len(shares) else 0.0
 
-    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        """(class, images that were right, images) for every class that has images."""
-        rows = zip(names, self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
-        return [row for row in rows if row[2]]
-
     def scores(self, names: Sequence[str]) -> list[ClassScore]:
         """Of every class, those without images too."""
         counts = torch.stack([self.confusion.sum(1), self.confusion.diagonal(), self.confusion.sum(0)], 1).tolist()
@@ -119,17 +114,24 @@ class ClassScore:
         return asdict(self) | {"precision": self.precision, "recall": self.recall, "f1": self.f1}
 
 
-def score_table(scores: Sequence[ClassScore]) -> list[str]:
-    """Lines with recall, precision and F1 in percent of the classes that occur."""
-    scores = [score for score in scores if score.images or score.predicted]
-    width = max((len(score.name) for score in scores), default=0)
+def score_table(scores: Iterable[ClassScore], most: int | None = None) -> list[str]:
+    """Lines with recall, precision and F1 in percent of the classes that occur.
+
+    Of more than `most` classes, those of the lowest and of the highest recall, half of `most` each.
+    """
+    rows = [score for score in scores if score.images or score.predicted]
+    cut = most // 2 if most is not None and len(rows) > most else 0
+    if cut:
+        rows.sort(key=lambda score: score.recall or 0)
+        rows = rows[:cut] + rows[-cut:]
+    width = max((len(score.name) for score in rows), default=0)
     lines = [f"{'':<{width}}  {'recall':>8}  {'precision':>9}  {'F1':>8}  right"]
-    for score in scores:
+    for score in rows:
         recall, precision, f1 = (
             "-" if value is None else f"{100 * value:.2f} %" for value in (score.recall, score.precision, score.f1)
         )
         lines.append(f"{score.name:<{width}}  {recall:>8}  {precision:>9}  {f1:>8}  {score.right}/{score.images}")
-    return lines
+    return [*lines[: cut + 1], "...", *lines[cut + 1 :]] if cut else lines
 
 
 def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
@@ -148,24 +150,6 @@ def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
     path.write_bytes(utf8(text))
-
-
-def class_table(report: Mapping[str, Mapping[str, int]], most: int = 10) -> list[str]:
-    """Lines with the accuracy of each class, from worst to best; of more than `most` classes half of it at either end.
-
-    `report[name]`: how many images of a class were "right", and how many "images" it has, at least 1.
-    """
-    rows = sorted(report.items(), key=lambda row: row[1]["right"] / row[1]["images"])
-    heads = {0: "classes"}
-    if len(rows) > most:
-        heads = {0: "worst", most // 2: "best"}
-        rows = rows[: most // 2] + rows[-(most // 2) :]
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = []
-    for i, (name, row) in enumerate(rows):
-        right, images = row["right"], row["images"]
-        lines.append(f"{heads.get(i, ''):<8} {name:<{width}}  {100 * right / images:6.2f} %  {right}/{images}")
-    return lines
 
 
 def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -9,7 +10,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,6 +68,23 @@ class ProgressBar:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives `show(done, total)`, which draws a bar of images."""
+    bars: list[ProgressBar] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(ProgressBar(what, total, done, unit="images"))
+        bars[0].update(done)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def duration(seconds: float) -> str:

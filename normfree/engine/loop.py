@@ -172,7 +172,7 @@ def train(
     check_every = plan.check_every or (1 if device.type == "cpu" else machine.log_every)
     watch = _Watch(device)
     model.train()
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             for step, batch in enumerate(wait.over(task.batches(start, plan.total_steps)), start):
                 lr = plan.lr_at(step)
@@ -435,12 +435,12 @@ class _Wait:
         return seconds
 
 
-class _Signals:
-    """Keeps the first SIGINT or SIGTERM for the loop to see between two steps; a second one has its usual effect."""
+class Signals:
+    """Keeps the first SIGINT or SIGTERM for a loop to see between two steps; a second one has its usual effect."""
 
     received: int | None = None
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

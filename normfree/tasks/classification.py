@@ -64,8 +64,8 @@ from normfree.data import (
 )
 from normfree.engine.checkpoint import check_free, new_run_folder, numbered_run_folder, working_in
 from normfree.engine.distributed import memory_gib, pick_device
-from normfree.engine.evaluate import Accuracy, autocast, class_table, evaluate, prepare, write_report
-from normfree.engine.log import ProgressBar, duration, wandb_init
+from normfree.engine.evaluate import Accuracy, ClassScore, autocast, evaluate, prepare, score_table, write_report
+from normfree.engine.log import duration, progress, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, find_variant, from_weights, load, save
 from normfree.models.files import read_any
@@ -164,9 +164,9 @@ class Classification:
         return new
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Of each class, how many images the last evaluation got right, and of how many."""
-        rows = self._last.per_class(self.info.class_names) if self._last else []
-        return {name: {"right": right, "images": images} for name, right, images in rows}
+        """Of each class, how many images the last evaluation had, got right, and took for it."""
+        scores = self._last.scores(self.info.class_names) if self._last else []
+        return {s.name: {"images": s.images, "right": s.right, "predicted": s.predicted} for s in scores}
 
     def state_dict(self) -> dict[str, Any]:
         """Which images were reported, so that a resumed run does not report and count them again."""
@@ -556,8 +556,9 @@ def _train(
         print(f"time     about {duration(estimated_seconds(task, plan))}", file=sys.stderr)
     with working_in(folder):
         outcome = train(task, optimizer, ema, plan, task.run.machine, folder, task.run.seed, resume)
-    for line in class_table(outcome.report):
-        print(line, file=sys.stderr)
+    if outcome.report:
+        scores = [ClassScore(name, **counts) for name, counts in outcome.report.items()]
+        print(*score_table(scores, most=10), sep="\n", file=sys.stderr)
     return outcome
 
 
@@ -664,22 +665,16 @@ def evaluate_weights(
         what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
         print(f"warning: {what}; see --held-out", file=sys.stderr)
     model = model.to(where).to(memory_format=torch.channels_last)
-    bar = ProgressBar("evaluate", len(images), unit="images")
     began = time.monotonic()
-    try:
-        accuracy = evaluate_images(
-            model, info, images, where, pick_workers(workers, images), show=lambda n, _: bar.update(n)
-        )
-    finally:
-        bar.close()
+    with progress("evaluate") as show:
+        accuracy = evaluate_images(model, info, images, where, pick_workers(workers, images), show=show)
     if accuracy.num_images == 0:
         raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}")
     if out is not None:
+        crop = {"px": info.eval_px, "crop": info.eval_crop, "crop_fraction": info.crop_fraction}
+        machine = {"precision": "float32", "device": str(where), "seconds": round(time.monotonic() - began, 3)}
         report = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
-        report |= accuracy.report(info.class_names)
-        report |= {"architecture": info.architecture, "px": info.eval_px, "crop": info.eval_crop}
-        report |= {"crop_fraction": info.crop_fraction, "precision": "float32", "device": str(where)}
-        report |= {"seconds": round(time.monotonic() - began, 3)}
+        report |= accuracy.report(info.class_names) | {"architecture": info.architecture} | crop | machine
         report |= {"versions": {"normfree": package_version(), "torch": torch.__version__}}
         with replacing(out) as temporary:
             write_report(report, temporary, Path(out).suffix)
