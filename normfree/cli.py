@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import io
 import json
 import os
@@ -245,8 +244,7 @@ def check_data(
         out: File to write the whole report to, as JSON.
         workers: Processes that read; None: one less than the cores.
     """
-    if out is not None:
-        check_writable(out)
+    check_writable(out)
     from normfree.data.check import check, report_lines
     from normfree.engine.log import progress
 
@@ -351,14 +349,10 @@ def _join_lines(target: Any) -> None:
 
 def option_names(target: Any) -> Iterator[str]:
     """Every --option of a function or dataclass, with the --no- form of flags."""
-    if dataclasses.is_dataclass(target):
-        hints = typing.get_type_hints(target)
-    else:
-        hints = {name: p.annotation for name, p in inspect.signature(target).parameters.items()}
-    for name, hint in hints.items():
+    for name, hint in typing.get_type_hints(target).items():
         if dataclasses.is_dataclass(hint):
             yield from option_names(hint)
-        else:
+        elif name != "return":
             flag = name.replace("_", "-")
             yield f"--{flag}"
             if hint is bool:

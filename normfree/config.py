@@ -7,10 +7,11 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,10 +48,8 @@ def quoted(path: str | os.PathLike[str]) -> str:
     word = f"./{word}" if word.startswith("-") else word
     if word.isprintable():
         return shlex.quote(word)
-    escaped = (
-        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
-    )
-    return f"$'{''.join(escaped)}'"  # of bash and zsh, for line breaks and bytes that are no UTF-8
+    escaped = re.sub(rb"[^ -~]|[\\']", lambda found: b"\\x%02x" % ord(found[0]), os.fsencode(word))
+    return f"$'{escaped.decode()}'"  # of bash and zsh, for line breaks and bytes that are no UTF-8
 
 
 def utf8(text: str) -> bytes:
@@ -67,14 +66,24 @@ def check_range(option: str, value: float | None, low: float, high: float) -> No
 
 
 def check_writable(
-    path: str | os.PathLike[str], option: str = "--out", *, replace: bool = False, parents: bool = False
+    path: str | os.PathLike[str] | None,
+    option: str = "--out",
+    *,
+    endings: Sequence[str] = (),
+    replace: bool = False,
+    parents: bool = False,
 ) -> None:
     """Raises InputError, before the work, where its result could not be written to `path`, which `option` gave.
 
-    With `replace` a file may be there already; with `parents` folders on the way may be missing, as they will be made.
-    A file is made and removed at once: permissions, read-only file systems and long names are for the system to judge.
+    Its name must have one of `endings`. With `replace` a file may be there already; with `parents` folders on the way
+    may be missing, as they will be made. A file is made and removed at once: permissions, read-only file systems and
+    long names are for the system to judge. None is no path, and fine.
     """
+    if path is None:
+        return
     path = probe = os.fspath(path)
+    if endings and os.path.splitext(path)[1] not in endings:
+        raise InputError(f"{option} {path}: the name must end in {' or '.join(endings)}")
     folder = os.path.dirname(path) or "."
     while parents and not os.path.lexists(os.path.dirname(probe) or "."):
         probe = os.path.dirname(probe)

@@ -366,6 +366,8 @@ def test_verb_help(verb, capsys):
         ("eval", "WEIGHTS"),
         ("eval nothing.safetensors mnist5k", "no weight file"),
         ("predict nothing.safetensors", "needs images"),
+        ("data chekc photos", "no verb 'data chekc'; did you mean 'data check'"),
+        ("data", "there are train, eval, predict, data check, data pack"),
         ("models nfnet_g*", "no model fits 'nfnet_g*'"),
     ],
 )

@@ -147,6 +147,36 @@ def test_stopped_predictions_go_on(suffix, number, weights, folder, capsys, monk
     assert sorted(Path().glob("out*")) == [out]
 
 
+def test_rows_without_their_count_are_refused(weights, folder, capsys, monkeypatch):
+    """What a machine that lost its power may keep: fewer rows than were counted, or no count."""
+    prepare, calls = module.prepare, []
+
+    def stop_in_the_third_batch(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return prepare(*args)
+
+    monkeypatch.setattr(module, "prepare", stop_in_the_third_batch)
+    command = ("predict", weights, folder, "--out", "x.csv")
+    run(*command, code=130)
+    rows = Path("x.csv.partial").read_bytes()
+    os.truncate("x.csv.partial", len(rows) - 1)
+    run(*command, code=2)
+    Path("x.csv.partial").write_bytes(rows)
+    count = Path("x.csv.partial.json")
+    count.rename("elsewhere")
+    run(*command, code=2)
+    count.write_text("")
+    run(*command, code=2)
+    assert capsys.readouterr().err.count("repeat those, or delete it") == 3
+    assert Path("x.csv.partial").read_bytes() == rows
+    Path("elsewhere").rename(count)
+    run(*command)
+    assert len(table(Path("x.csv"))) == 12
+    assert sorted(Path().glob("x*")) == [Path("x.csv")]
+
+
 def test_two_at_once(weights, folder, capsys, monkeypatch):
     prepare = module.prepare
 

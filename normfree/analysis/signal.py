@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.config import MAX_PX, MAX_SEED, InputError, check_range, check_writable, nearest
-from normfree.data import EvalTransform, FolderImages, eval_batches, find_images, open_dataset
+from normfree.data import FolderImages, find_images, open_dataset
 from normfree.data.transforms import normalize, sample_rng
 from normfree.engine.distributed import pick_device
+from normfree.engine.evaluate import batches_for
 from normfree.models import Network, create_model, list_models, load
 from normfree.models.trace import BlockSignal, trace_signal
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
@@ -245,16 +246,7 @@ def read_images(data: str, info: ModelInfo, px: int, count: int, seed: int = 0) 
             raise InputError(f"--data {data}: {path}: {reason}")
         images = FolderImages(class_names=("",), targets=[0] * len(paths), root="", paths=paths)
     chosen = sorted(sample_rng(seed, 0, 0).permutation(len(images))[:count].tolist())
-    transform = EvalTransform(px, info.eval_crop, info.crop_fraction)
-    batches = eval_batches(
-        images.subset(chosen),
-        transform,
-        batch_size=count,
-        workers=0,
-        channels=info.in_channels,
-        min_px=transform.min_px,
-    )
-    batch = next(batches)
+    batch = next(batches_for(replace(info, eval_px=px), images.subset(chosen), count))
     if not len(batch.indices):
         raise InputError(f"none of {len(chosen)} images of {data} can be read; the first: {batch.unreadable[0]}")
     return normalize(batch.images, info.mean, info.std)
@@ -346,9 +338,8 @@ def report_signal(
         raise InputError("signal needs a network: normfree signal MODEL ...")
     if plot is not None:
         _check_plot_path(plot)
-        check_writable(plot, "--plot", replace=True)
-    if json_file is not None:
-        check_writable(json_file, "--json", replace=True)
+    check_writable(plot, "--plot", replace=True)
+    check_writable(json_file, "--json", replace=True)
     tables = measure_models(names, data, px, batch, seed, skip_gain, device)
     print(format_signals(tables))
     if plot is not None:

@@ -19,10 +19,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from normfree.config import MAX_WORKERS, InputError, check_range, check_writable, utf8
-from normfree.data import EvalTransform, FolderImages, eval_batches, find_images
+from normfree.data import FolderImages, find_images
 from normfree.data.remote import short_hash
 from normfree.engine.distributed import pick_device
-from normfree.engine.evaluate import prepare
+from normfree.engine.evaluate import batches_for, prepare
 from normfree.engine.log import progress
 from normfree.engine.loop import Interrupted, Signals
 from normfree.models import load
@@ -73,12 +73,9 @@ def _predict(
         raise InputError(f"--top {top}: 1 to {info.num_classes}, the classes of {weights}")
     names = info.class_names or tuple(str(i) for i in range(info.num_classes))
     model = model.to(where).to(memory_format=torch.channels_last)
-    transform = EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
     rest = list(files[start:])
     images = FolderImages(class_names=names, targets=[0] * len(rest), root="", paths=rest)
-    batches = eval_batches(
-        images, transform, batch_size=BATCH, workers=workers, channels=info.in_channels, min_px=transform.min_px
-    )
+    batches = batches_for(info, images, BATCH, workers)
 
     def run() -> Iterator[list[Prediction]]:
         for number, batch in enumerate(batches):
@@ -118,10 +115,7 @@ def write_predictions(
         OSError: rows could not be written.
         Interrupted: SIGINT or SIGTERM came.
     """
-    if out is not None:
-        if Path(out).suffix not in (".csv", ".jsonl"):
-            raise InputError(f"--out {out}: the name must end in .csv or .jsonl")
-        check_writable(out)
+    check_writable(out, endings=(".csv", ".jsonl"))
     files, failed = find_images(paths)
     as_json = out is not None and out.endswith(".jsonl")
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.config import utf8
-from normfree.data import Batch, normalize
+from normfree.data import Batch, EvalTransform, ImageSet, eval_batches, normalize
 from normfree.layers import reuse_weights
+from normfree.weights import ModelInfo
 
 
 @dataclass
@@ -150,6 +151,19 @@ def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
     path.write_bytes(utf8(text))
+
+
+def eval_transform(info: ModelInfo) -> EvalTransform:
+    return EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
+
+
+def batches_for(
+    info: ModelInfo, images: ImageSet, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Every image once, in order, as the network of `info` takes them: channels, pixels and crop."""
+    transform = eval_transform(info)
+    options = {"channels": info.in_channels, "min_px": transform.min_px, "pin_memory": pin_memory}
+    return eval_batches(images, transform, batch_size=batch_size, workers=workers, **options)
 
 
 def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

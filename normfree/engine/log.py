@@ -73,18 +73,15 @@ class ProgressBar:
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Gives `show(done, total)`, which draws a bar of images."""
-    bars: list[ProgressBar] = []
+    with contextlib.ExitStack() as stack:
+        bars: list[ProgressBar] = []
 
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(ProgressBar(what, total, done, unit="images"))
-        bars[0].update(done)
+        def show(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(contextlib.closing(ProgressBar(what, total, done, unit="images"))))
+            bars[0].update(done)
 
-    try:
         yield show
-    finally:
-        for bar in bars:
-            bar.close()
 
 
 def duration(seconds: float) -> str:

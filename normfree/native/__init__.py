@@ -133,8 +133,8 @@ def _wanted() -> tuple[list[str], str | None, str]:
     except ValueError as error:
         raise _NoKernels(f"CXX is {os.environ['CXX']!r}: {error}") from None
     version = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        version = _run([*compiler, "--version"], check=True).stdout.partition("\n")[0]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        version = _run([*compiler, "--version"]).stdout.partition("\n")[0]
     texts = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
     stem = f"native-{_hash(texts, *_flags(), _processor())}"
     return compiler, version, f"{stem}-{_hash(*compiler, version)}" if version else stem
@@ -197,16 +197,9 @@ def _compile(compiler: list[str], version: str | None, folder: Path, stem: str) 
     return path
 
 
-def _run(command: list[str], check: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=300,
-        check=check,
-        env=os.environ | {"LC_ALL": "C", **environment},
-    )
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"LC_ALL": "C", **environment}
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=env)
 
 
 def _hash(*parts: str | bytes) -> str:

@@ -43,7 +43,6 @@ from normfree.config import (
 from normfree.data import (
     DATASET_NAMES,
     Batch,
-    EvalTransform,
     ImageSet,
     Mixing,
     RandAugment,
@@ -53,7 +52,6 @@ from normfree.data import (
     changed,
     content_sample,
     count_sampled,
-    eval_batches,
     fits_in_memory,
     has_validation,
     inventory,
@@ -64,7 +62,17 @@ from normfree.data import (
 )
 from normfree.engine.checkpoint import check_free, new_run_folder, numbered_run_folder, working_in
 from normfree.engine.distributed import memory_gib, pick_device
-from normfree.engine.evaluate import Accuracy, ClassScore, autocast, evaluate, prepare, score_table, write_report
+from normfree.engine.evaluate import (
+    Accuracy,
+    ClassScore,
+    autocast,
+    batches_for,
+    eval_transform,
+    evaluate,
+    prepare,
+    score_table,
+    write_report,
+)
 from normfree.engine.log import duration, progress, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
 from normfree.models import Network, create_model, find_variant, from_weights, load, save
@@ -183,10 +191,6 @@ def train_transform(data: DataConfig, info: ModelInfo) -> TrainTransform:
     return TrainTransform(info.train_px, data.min_area, flip=data.flip, style=data.crop_style)
 
 
-def eval_transform(info: ModelInfo) -> EvalTransform:
-    return EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
-
-
 def smoothed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     """Mean loss of `logits` (N, K) against the smoothed and mixed labels of a batch of N images.
 
@@ -220,23 +224,13 @@ def evaluate_images(
     show: Callable[[int, int], None] = lambda seen, total: None,
 ) -> Accuracy:
     """Accuracy of `model` on `images`, prepared as `info` says; `show(seen, total)` is told of the progress."""
-    transform = eval_transform(info)
-    batches = eval_batches(
-        images,
-        transform,
-        batch_size=EVAL_BATCH,
-        workers=workers,
-        channels=info.in_channels,
-        min_px=transform.min_px,
-        pin_memory=device.type == "cuda",
-    )
 
-    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for i, batch in enumerate(batches, 1):
+    def batches() -> Iterator[Batch]:
+        for i, batch in enumerate(batches_for(info, images, EVAL_BATCH, workers, device.type == "cuda"), 1):
             yield batch
             show(min(i * EVAL_BATCH, len(images)), len(images))
 
-    return evaluate(model, counted(batches), info.num_classes, info.mean, info.std, device, precision)
+    return evaluate(model, batches(), info.num_classes, info.mean, info.std, device, precision)
 
 
 def choose_recipe(name: str | None, given: Given) -> tuple[RunConfig, tuple[Reason, ...]]:
@@ -648,10 +642,7 @@ def evaluate_weights(
     check_range("seed", seed, 0, MAX_SEED)
     if seed is not None and held_out is None:
         raise InputError(f"--seed {seed} says which images were held out; add --held-out with their share")
-    if out is not None:
-        if Path(out).suffix not in (".json", ".csv"):
-            raise InputError(f"--out {out}: the name must end in .json or .csv")
-        check_writable(out)
+    check_writable(out, endings=(".json", ".csv"))
     where = pick_device(device)
     model = load(weights).float()
     assert model.info is not None
