@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -361,12 +362,8 @@ def option_names(target: Any) -> Iterator[str]:
 
 def _first_sentence(box: str, verb: str) -> str:
     """tyro's framed message, up to its first rule, on one line."""
-    lines = [re.sub(r"[╭╮╰╯│]", "", line).strip() for line in box.splitlines()[1:]]
-    message = []
-    for line in lines:
-        if not line or set(line) <= {"─"}:
-            break
-        message.append(line)
+    lines = (re.sub(r"[╭╮╰╯│]", "", line).strip() for line in box.splitlines()[1:])
+    message = itertools.takewhile(lambda line: line.strip("─"), lines)
     return " ".join(message) or f"these options cannot be used; see normfree {verb} --help"
 
 
@@ -399,12 +396,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Sequence[str]) -> None:
+    if args[:1] == ["help"] and len(args) > 1:
+        args = [*args[1:], "--help"]
     if not args or args[0] in ("-h", "--help", "help"):
-        topic = args[1:]
-        if args[:1] != ["help"] or not topic:
-            print(HELP, end="")
-            return
-        args = [*topic, "--help"]
+        print(HELP, end="")
+        return
     if args[0] in ("-V", "--version", "version"):
         from normfree.native import status
         from normfree.weights.file import package_version

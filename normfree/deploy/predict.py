@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from normfree.config import MAX_WORKERS, InputError, check_range, check_writable, utf8
 from normfree.data import FolderImages, find_images
 from normfree.data.remote import short_hash
+from normfree.engine.checkpoint import sha256
 from normfree.engine.distributed import pick_device
 from normfree.engine.evaluate import batches_for, prepare
 from normfree.engine.log import progress
@@ -200,10 +200,7 @@ class _Table:
 
 def _key(weights: str, files: Sequence[str], top: int) -> str:
     """A hash of all that rows depend on: the content of the weight file, the images, the number of classes."""
-    content = weights
-    if os.path.isfile(weights):
-        with open(weights, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = sha256(Path(weights)) if os.path.isfile(weights) else weights
     return short_hash("\0".join([content, str(top), *files]))
 
 

@@ -46,7 +46,7 @@ def save_checkpoint(
     try:
         partial.mkdir()
         names = _write_tensors(partial, tensors)
-        files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(partial.iterdir())}
+        files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(partial.iterdir())}
         manifest = {"format": 1, "step": step, "names": names, "files": files, "extra": dict(extra)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
@@ -108,7 +108,7 @@ def verify(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, (size, checksum) in manifest["files"].items():
             file = path / name
-            if not file.is_file() or file.stat().st_size != size or _sha256(file) != checksum:
+            if not file.is_file() or file.stat().st_size != size or sha256(file) != checksum:
                 raise DamagedCheckpoint(f"{name} is missing or differs from the manifest")
         missing = {"step", "names", "extra"} - manifest.keys()
         if missing:
@@ -180,7 +180,7 @@ def _all_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
