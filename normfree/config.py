@@ -132,17 +132,9 @@ class ModelConfig:
     """Train the classifier only (linear probe)."""
 
     def overrides(self) -> dict[str, Any]:
-        names = (
-            "width",
-            "depth",
-            "drop_rate",
-            "stochastic_depth",
-            "activation",
-            "second_conv",
-            "skip_init",
-            "group_width",
-        )
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """What is given to the variant, by name."""
+        others = ("model", "in_channels", "init", "freeze")
+        return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
 
 @dataclass(frozen=True)

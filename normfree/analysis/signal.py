@@ -286,7 +286,7 @@ def plot_signal(tables: Mapping[str, SignalTable], path: str | Path) -> None:
 
     An axis is logarithmic if over the blocks of one network the values, all positive, span a factor of more than 30.
     """
-    _check_plot_path(path)
+    check_writable(path, "--plot", endings=PLOT_SUFFIXES, replace=True)
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
     from matplotlib.ticker import MaxNLocator
 
@@ -317,11 +317,6 @@ def plot_signal(tables: Mapping[str, SignalTable], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _check_plot_path(path: str | Path) -> None:
-    if Path(path).suffix not in PLOT_SUFFIXES:
-        raise InputError(f"--plot {path}: the name must end in {', '.join(PLOT_SUFFIXES)}")
-
-
 def report_signal(
     names: Sequence[str],
     data: str | None,
@@ -336,9 +331,7 @@ def report_signal(
     """`measure_models`, printed, and drawn and written to the files named."""
     if not names:
         raise InputError("signal needs a network: normfree signal MODEL ...")
-    if plot is not None:
-        _check_plot_path(plot)
-    check_writable(plot, "--plot", replace=True)
+    check_writable(plot, "--plot", endings=PLOT_SUFFIXES, replace=True)
     check_writable(json_file, "--json", replace=True)
     tables = measure_models(names, data, px, batch, seed, skip_gain, device)
     print(format_signals(tables))
