@@ -474,10 +474,10 @@ ERRORS = {
     "timm:dm_nfnet_f9": "did you mean 'dm_nfnet_f",
     "timm:vit_tiny_patch16_224": "try another --px",
     "nfnet_nano --plot a.gif": ".png",
-    "nfnet_nano --batch 0": "at least 1",
+    "nfnet_nano --batch 0": "--batch 0: 1 to 65536",
     "torchvision:resnet18 --batch 1": "more than 1 value per channel",
     "torchvision:squeezenet1_1": "no residual block",
-    "nfnet_nano --data nowhere": "no such file or folder",
+    "nfnet_nano --data nowhere": "nowhere: no such file or directory",
     "": "normfree signal MODEL",
 }
 
