@@ -107,7 +107,7 @@ def test_an_image_that_goes_while_others_are_read(weights, folder):
 
 def test_nothing_to_predict(weights, folder, capsys):
     run("predict", weights, "gone.jpg", "gone2.jpg", "--out", "x.csv", code=2)
-    assert "nothing to predict: gone.jpg: no such file or directory, and 1 more" in capsys.readouterr().err
+    assert "no images to read: gone.jpg: no such file or directory, and 1 more" in capsys.readouterr().err
     assert not list(Path().glob("x*"))
 
 

@@ -1046,7 +1046,7 @@ def test_find_images(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"?")
     found = find_images([str(tmp_path / "odd.bin"), str(tmp_path)])
     assert found == ([str(tmp_path / name) for name in ("odd.bin", "a/10.jpg", "a/2.JPG", "b.png")], {})
-    complaint(find_images, [str(tmp_path / "gone")], match="nothing to predict: .*gone: no such file")
+    complaint(find_images, [str(tmp_path / "gone")], match="no images to read: .*gone: no such file")
     (tmp_path / "none").mkdir()
     complaint(find_images, [str(tmp_path / "none")], match="none: has no images; it is empty")
 

@@ -130,7 +130,7 @@ def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if all(path in failed for path in found):
         first = f"{found[0]}: {failed[found[0]]}" if found else "give images or folders of images"
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise InputError(f"nothing to predict: {first}{more}")
+        raise InputError(f"no images to read: {first}{more}")
     return found, failed
 
 
