@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_left_to_the_others(change, monkeypatch):
 
 def test_it_is_used(monkeypatch):
     calls = []
-    monkeypatch.setattr("normfree.optim.sgd.sweep", lambda items: calls.append(len(items)) or native.sweep(items))
+    monkeypatch.setattr("normfree.optim.agc.sweep", lambda items: calls.append(len(items)) or native.sweep(items))
     model = create_model("nfnet_nano", num_classes=5, width=(16, 24, 24, 40), group_width=8)
     for p in model.parameters():
         p.grad = torch.ones_like(p)

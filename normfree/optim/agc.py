@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +25,12 @@ from normfree.optim.groups import (
     Default,
     Units,
     as_groups,
-    check_clipping,
-    check_given,
     check_names,
+    clipping_of,
     keep_missing,
-    plain,
+    settle,
 )
 from normfree.optim.sweep import Item, sweep
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 MIN_GRADIENT_NORM = 1e-6  # in the divisor only, as in the released code
 
@@ -97,9 +93,9 @@ class AGCStats:
 # --- how one tensor is cut into units ---
 
 
-def wide(dtype: torch.dtype) -> torch.dtype | None:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which norms are summed: half precision would overflow at 65504, or lose digits."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 class _Whole:
@@ -144,66 +140,65 @@ class _Transposed:
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank has of one parameter and of its gradient."""
+    """What this rank has of one parameter and of its gradient, and how it is clipped."""
 
     param: Tensor
     weight: Tensor
     grad: Tensor
     cut: _Whole | _Rows | _Transposed
     num_units: int  # of the whole parameter
-    split: tuple[Any, ...]  # process groups over whose ranks a unit is split
-    parted: tuple[Any, ...]  # process groups over whose ranks whole units are
+    clipping: float | None
+    eps: float
+    split: tuple[Any, ...] = ()  # process groups over whose ranks a unit is split
+    parted: tuple[Any, ...] = ()  # process groups over whose ranks whole units are
 
-    def item(self, clipping: float | None, eps: float, **update: Any) -> Item | None:
+    def item(self, **update: Any) -> Item | None:
         """The same for the native sweep; None for what it does not take."""
-        item = Item(self.weight, self.grad, isinstance(self.cut, _Whole), clipping, eps, **update)
-        plain = clipping is None or not (self.split or isinstance(self.cut, _Transposed))
-        return item if plain and item.fits and library() is not None else None
+        if library() is None or (self.clipping is not None and (self.split or isinstance(self.cut, _Transposed))):
+            return None
+        item = Item(self.weight, self.grad, isinstance(self.cut, _Whole), self.clipping, self.eps, **update)
+        return item if item.fits else None
 
 
-def piece_of(p: Tensor, units: Units = "channel", transposed: int = 0) -> Piece:
+def piece_of(
+    p: Tensor, clipping: float | None, eps: float, units: Units, transposed: int, dense: bool = False
+) -> Piece:
     """How a parameter with a gradient is cut. `transposed`: 0, or the groups of the transposed convolution it is of."""
     grad = p.grad
     assert grad is not None
     if p.is_complex():
         raise InputError("a complex parameter has no place in adaptive gradient clipping: clip its real view")
     if getattr(p, "_fsdp_flattened", False):
-        raise InputError(
-            "these are FSDP1's flat parameters, in which units cannot be told apart: shard with FSDP2, "
-            "torch.distributed.fsdp.fully_shard"
-        )
+        raise InputError("FSDP1's flat parameters do not show units: use FSDP2, torch.distributed.fsdp.fully_shard")
     whole = units == "tensor" or is_vector(p)
     total = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
+    weight, start, split, parted = p, 0, (), ()
     if is_sharded(p):
-        return _shard(p, whole, transposed, total)
-    if p.layout != torch.strided or grad.layout not in (torch.strided, torch.sparse_coo):
+        weight, grad, start, split, parted = _shard(p, None if whole else 1 if transposed else 0)
+    elif p.layout != torch.strided or grad.layout not in (torch.strided, torch.sparse_coo):
         raise InputError(f"a parameter of layout {p.layout} with a gradient of layout {grad.layout}: keep it dense")
-    if transposed and not whole and p.shape[0] % transposed:
-        raise InputError(f"{transposed} groups of a transposed convolution do not fit a weight of {tuple(p.shape)}")
-    if grad.is_sparse and grad.sparse_dim() > 1:
+    elif grad.is_sparse and (dense or grad.sparse_dim() > 1):
         p.grad = grad = grad.to_dense()
-    if grad.is_sparse:
+    elif grad.is_sparse:
         p.grad = grad = grad.coalesce()
-        weight = p if whole else p.index_select(0, grad.indices()[0])
-        return Piece(p, weight, grad.values(), _Whole() if whole else _Rows(len(weight)), total, (), ())
-    cut = _cut(p, whole, transposed, range(p.shape[0] if p.ndim else 0))
-    return Piece(p, p, grad, cut, total, (), ())
-
-
-def _cut(p: Tensor, whole: bool, transposed: int, rows: range) -> _Whole | _Rows | _Transposed:
-    """The units in `rows` of dimension 0 of a parameter."""
+        weight, grad = p if whole else p.index_select(0, grad.indices()[0]), grad.values()
     if whole:
-        return _Whole()
-    if not transposed:
-        return _Rows(len(rows))
-    row = torch.arange(rows.start, rows.stop, device=p.device)
-    return _Transposed(row // (p.shape[0] // transposed), transposed, p.shape[1])
+        cut = _Whole()
+    elif not transposed:
+        cut = _Rows(len(weight))
+    elif p.shape[0] % transposed or parted:
+        shape = f"{tuple(p.shape)}, of which only dimension 0, the input channels, may be sharded"
+        raise InputError(f"{transposed} groups of a transposed convolution do not fit a weight of {shape}")
+    else:
+        row = torch.arange(start, start + len(weight), device=p.device)
+        cut = _Transposed(row // (p.shape[0] // transposed), transposed, p.shape[1])
+    return Piece(p, weight, grad, cut, total, clipping, eps, split, parted)
 
 
 def is_sharded(p: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
+    if type(p) in (torch.nn.Parameter, Tensor) or not (dist.is_available() and dist.is_initialized()):
+        return False  # first what is quick to tell, for each parameter in each step
     from torch.distributed.tensor import DTensor
 
     return isinstance(p, DTensor)
@@ -214,42 +209,34 @@ def local(t: Any) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
-def _shard(p: Any, whole: bool, transposed: int, total: int) -> Piece:
+def _shard(p: Any, unit_dim: int | None) -> tuple[Tensor, Tensor, int, tuple, tuple]:
+    """Weight, gradient and first row of this rank; `split` and `parted` of the piece. Units lie along `unit_dim`."""
     from torch.distributed.tensor import Partial, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    grad: DTensor = p.grad
-    if grad.placements != p.placements or any(isinstance(place, Partial) for place in p.placements):
-        raise InputError(
-            f"a gradient placed as {grad.placements} does not go with a parameter placed as {p.placements}"
-        )
-    split, parted = [], []
-    for dim, place in enumerate(p.placements):
-        if isinstance(place, Shard):
-            has_whole_units = not whole and place.dim == (1 if transposed else 0)
-            (parted if has_whole_units else split).append(p.device_mesh.get_group(dim))
-    weight = p.to_local()
+    if p.grad.placements != p.placements or any(isinstance(place, Partial) for place in p.placements):
+        raise InputError(f"a gradient placed as {p.grad.placements} of a parameter placed as {p.placements}")
+    shards = [
+        (p.device_mesh.get_group(i), place.dim) for i, place in enumerate(p.placements) if isinstance(place, Shard)
+    ]
+    split, parted = (tuple(group for group, dim in shards if (dim == unit_dim) == whole) for whole in (False, True))
     start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0] if p.ndim else 0
-    if transposed and not whole and parted:
-        raise InputError("a transposed convolution can be sharded over its input channels (dimension 0) only")
-    cut = _cut(p, whole, transposed, range(start, start + (len(weight) if p.ndim else 0)))
-    return Piece(p, weight, grad.to_local(), cut, total, tuple(split), tuple(parted))
+    return p.to_local(), p.grad.to_local(), start, split, parted
 
 
 # --- the rule, for many tensors at once ---
 
 
-def _norms(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+def _norms(tensors: Sequence[Tensor], cuts: Sequence[_Whole | _Rows | _Transposed]) -> list[Tensor]:
     """Norms of the units of each tensor (its part on this rank), as vectors; whole tensors in one batched call."""
-    whole = [isinstance(piece.cut, _Whole) for piece in pieces]
     batches: dict[torch.dtype, list[Tensor]] = {}
-    for tensor, is_whole in zip(tensors, whole, strict=True):
-        if is_whole:
+    for tensor, cut in zip(tensors, cuts, strict=True):
+        if isinstance(cut, _Whole):
             batches.setdefault(tensor.dtype, []).append(tensor)
     batched = {dtype: iter(torch._foreach_norm(batch, dtype=wide(dtype))) for dtype, batch in batches.items()}
     return [
-        next(batched[tensor.dtype]).view(1) if is_whole else piece.cut.norms(tensor)
-        for tensor, piece, is_whole in zip(tensors, pieces, whole, strict=True)
+        next(batched[tensor.dtype]).view(1) if isinstance(cut, _Whole) else cut.norms(tensor)
+        for tensor, cut in zip(tensors, cuts, strict=True)
     ]
 
 
@@ -289,14 +276,12 @@ def _parts(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> Tensor:
     """Clips the gradients of parameters on one device; counts of clipped units and largest ratios, (2, P)."""
-    num = len(pieces)
-    weights, grads = [piece.weight for piece in pieces], [piece.grad for piece in pieces]
-    norms = _norms(weights, pieces) + _norms(grads, pieces)
+    cuts, grads = [piece.cut for piece in pieces], [piece.grad for piece in pieces]
+    tensors, num = [piece.weight for piece in pieces] + grads, len(pieces)
+    norms = _norms(tensors, cuts * 2)
     if grads[0].device.type == "cpu" and not math.isfinite(torch.cat(norms).sum().item()):
         # Squares may have overflowed where norms do not. Elsewhere than on a CPU asking would make the host wait.
-        cuts = [piece.cut for piece in pieces] * 2
-        wider = [cut.norms(tensor.double()) for cut, tensor in zip(cuts, weights + grads, strict=True)]
-        norms = [wide_norm.to(norm.dtype) for wide_norm, norm in zip(wider, norms, strict=True)]
+        norms = [c.norms(t.double()).to(norm.dtype) for c, t, norm in zip(cuts * 2, tensors, norms, strict=True)]
     _join_split(norms, pieces)
     weight_norms, grad_norms = torch.cat(norms[:num]).clamp_(min=eps), torch.cat(norms[num:])
     if grad_scale is not None:
@@ -304,9 +289,9 @@ def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tens
     limits = weight_norms * clipping
     clipped = (grad_norms > limits) & grad_norms.isfinite()  # what is not finite stays so, to be seen
     factors = torch.where(clipped, limits / grad_norms.clamp(min=MIN_GRADIENT_NORM), 1.0)
-    sizes = [piece.cut.size for piece in pieces]
-    spread = [piece.cut.spread(part, piece.grad.ndim) for piece, part in zip(pieces, factors.split(sizes), strict=True)]
-    torch._foreach_mul_(grads, spread)
+    sizes = [cut.size for cut in cuts]
+    parts = zip(cuts, factors.split(sizes), grads, strict=True)
+    torch._foreach_mul_(grads, [cut.spread(part, grad.ndim) for cut, part, grad in parts])
 
     # sums and maxima of each tensor's units as norms: an index would have to be copied to the device, and waited for
     ratios = _parts(grad_norms / weight_norms, sizes)
@@ -315,42 +300,32 @@ def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tens
 
 
 def clip_pieces_(
-    pieces: Sequence[Piece], clipping: float, eps: float = 1e-3, grad_scale: Tensor | None = None
-) -> Tensor:
-    """Clips one group, in the native sweep or where it cannot be by batched operations.
+    pieces: Sequence[Piece], updates: Sequence[Mapping[str, Any]] = (), grad_scale: Tensor | None = None
+) -> tuple[AGCStats, set[int]]:
+    """Clips in the native sweep, or where it cannot by batched operations.
 
-    Returns the counts of clipped units and the largest ratios in what this rank has of each parameter, (2, P).
+    `updates`: of each piece, which the sweep makes with it. Returns also which pieces were swept, by number.
     """
     swept: dict[int, Item] = {}
-    devices: dict[torch.device, list[int]] = {}
+    batches: dict[tuple[float, float, str], list[int]] = {}
     for i, piece in enumerate(pieces):
-        item = None if grad_scale is not None else piece.item(clipping, eps)
+        item = piece.item(**(updates[i] if updates else {})) if grad_scale is None else None
         if item is not None:
             swept[i] = item
-        else:
-            devices.setdefault(piece.param.device, []).append(i)
-    found, order = [], []
-    if swept:
-        found.append(sweep(list(swept.values())))
-        order += swept
-    for members in devices.values():
-        found.append(_clip([pieces[i] for i in members], clipping, eps, grad_scale))
+        elif piece.clipping is not None:
+            batches.setdefault((piece.clipping, piece.eps, str(piece.param.device)), []).append(i)
+    found, order = [sweep(list(swept.values()))] if swept else [], list(swept)
+    for key, members in sorted(batches.items()):  # in one order on all ranks, whatever each of them swept
+        found.append(_clip([pieces[i] for i in members], *key[:2], grad_scale))
         order += members
-    return arrange(found, order)
-
-
-def arrange(found: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Columns of all of `found`, of which number k belongs in place order[k]."""
-    if not found:
-        return torch.zeros(2, 0)
-    columns = torch.cat([part.to(found[0].device) for part in found], 1)
-    return columns if sorted(order) == list(order) else columns[:, sorted(range(len(order)), key=order.__getitem__)]
-
-
-def make_stats(pieces: Sequence[Piece], found: Tensor) -> AGCStats:
-    """From what this rank found; the same parameters in the same order on every rank."""
-    _join_parted(found, pieces)
-    return AGCStats(tuple(piece.param for piece in pieces), tuple(piece.num_units for piece in pieces), *found)
+    columns = torch.cat([part.to(found[-1].device) for part in found], 1) if found else torch.zeros(2, 0)
+    clipped = [i for i, piece in enumerate(pieces) if piece.clipping is not None]
+    if order != clipped:
+        place = dict(zip(order, columns.unbind(1), strict=True))
+        columns = torch.stack([place[i] for i in clipped], 1) if clipped else columns[:, :0]
+    _join_parted(columns, [pieces[i] for i in clipped])
+    whole = tuple((pieces[i].param, pieces[i].num_units) for i in clipped)
+    return AGCStats(tuple(p for p, _ in whole), tuple(num for _, num in whole), *columns), set(swept)
 
 
 @torch.no_grad()
@@ -387,26 +362,11 @@ def adaptive_clip_grad_(
         >>> adaptive_clip_grad_(layer.parameters(), clipping=0.01).clipped_fraction
         1.0
     """
-    pieces: list[Piece] = []
-    found: list[Tensor] = []
     groups = as_groups(params_or_groups)
-    settings = _settle(groups, clipping, eps, units)
-    for group in groups:
-        check_names(frozenset(group))
-        clip, least, cut = (group.get(name, value) for name, value in settings.items())
-        check_clipping(clip, least, cut)
-        if clip is not None:
-            transposed = group.get("transposed", 0)
-            members = [piece_of(p, cut, transposed) for p in group["params"] if p.grad is not None]
-            found.append(clip_pieces_(members, clip, least, grad_scale))
-            pieces += members
-    return make_stats(pieces, arrange(found, range(len(pieces))))
-
-
-def _settle(groups: Sequence[Mapping[str, Any]], clipping: float | None, eps: float, units: Units | None) -> dict:
-    """The settings of groups that do not say; an argument that was given must have one."""
-    check_given(groups, clipping=clipping, clip_eps=eps, **({"units": units} if units else {}))
-    return {"clipping": plain(clipping), "clip_eps": float(eps), "units": units or "channel"}
+    settings = settle(groups, clipping, eps, units)
+    own = [(group["params"], clipping_of({**settings, **group})) for group in groups]
+    members = [(p, how) for params, how in own for p in params if how[0] is not None and p.grad is not None]
+    return clip_pieces_([piece_of(p, *how) for p, how in members], grad_scale=grad_scale)[0]
 
 
 class AGC:
@@ -440,20 +400,16 @@ class AGC:
         eps: float = Default(1e-3),
         units: Units | None = None,
     ):
-        settings = _settle(optimizer.param_groups, clipping, eps, units)
-        check_clipping(*settings.values())
+        self._settings = settle(optimizer.param_groups, clipping, eps, units)
         self.optimizer, self.stats = optimizer, AGCStats()
-        self._settings = settings
-        self._added: list[tuple[int, str]] = []  # which keys are ours, in groups by number: loading replaces groups
+        self._added: set[tuple[int, str]] = set()  # which keys are ours, in groups by number: loading replaces groups
         self._fill()
         self._attach()
 
     def _attach(self) -> None:
         hooks = self.optimizer._optimizer_step_pre_hooks.values()
         if "clip_eps" in self.optimizer.defaults or any(isinstance(getattr(h, "__self__", None), AGC) for h in hooks):
-            raise InputError(
-                f"this {type(self.optimizer).__name__} clips already; detach() the AGC it has, if it has one"
-            )
+            raise InputError(f"this {type(self.optimizer).__name__} clips already: detach() its AGC, if it has one")
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_load_state_dict_pre_hook(self._before_load),
@@ -468,20 +424,17 @@ class AGC:
 
     def _fill(self) -> None:
         """Groups get the settings that they do not have; some may have come with `add_param_group`."""
-        groups = self.optimizer.param_groups
-        for group in groups:
+        for group in self.optimizer.param_groups:
             check_names(frozenset(group).difference(self.optimizer.defaults))
-        for number, group in enumerate(groups):
-            added = [key for key in self._settings if key not in group]
-            group.update((key, self._settings[key]) for key in added)
-            self._added += [(number, key) for key in added]
+        for number, group in enumerate(self.optimizer.param_groups):
+            self._added |= {(number, key) for key in self._settings.keys() - group.keys()}
+            group.update(self._settings | group)
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return state | {"param_groups": keep_missing(state["param_groups"], optimizer.param_groups, CLIPPING_KEYS)}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        arguments = args[1:] if args and args[0] is optimizer else args
-        closure = kwargs.get("closure", arguments[0] if arguments else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
             self._clip()
             return None
@@ -491,9 +444,8 @@ class AGC:
             self._clip()
             return loss
 
-        if "closure" in kwargs:
-            return args, kwargs | {"closure": clipped_closure}
-        return (*args[: len(args) - len(arguments)], clipped_closure, *arguments[1:]), kwargs
+        options = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (optimizer, clipped_closure, *args[2:]), options
 
     def _clip(self) -> None:
         self._fill()

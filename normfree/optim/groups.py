@@ -27,13 +27,17 @@ def plain(value: float | None) -> float | None:
     return float(value) if isinstance(value, Default) else value
 
 
-def check_clipping(clipping: float | None, eps: float, units: str = "channel") -> None:
-    if clipping is not None and not (clipping > 0 and math.isfinite(clipping)):
+def clipping_of(group: Mapping[str, Any], ours: tuple[str, ...] = CLIPPING_KEYS) -> tuple:
+    """λ, ε, units and `transposed` of a group, checked. `ours`: see `check_names`."""
+    check_names(frozenset(group), ours)
+    clipping, eps, units = group["clipping"], group["clip_eps"], group.get("units", "channel")
+    if clipping is not None and not 0 < clipping < math.inf:
         raise InputError(f"clipping {clipping}: a positive number, or None to leave a group unclipped")
     if not 0 < eps < math.inf:
         raise InputError(f"eps {eps}: a positive number; the paper's is 1e-3")
     if units not in get_args(Units):
         raise InputError(f"units {units!r}: {' or '.join(get_args(Units))}")
+    return clipping, eps, units, group.get("transposed", 0)
 
 
 @lru_cache
@@ -54,32 +58,34 @@ def check_given(groups: Collection[Mapping[str, Any]], **given: Any) -> None:
     Exemption (clipping None) and no decay of vectors are roles, which contradict nothing.
     """
     for name, value in given.items():
-        if isinstance(value, Default):
+        if isinstance(value, Default) or any(name not in group for group in groups):
             continue
-        own = [group[name] for group in groups if name in group and not _is_role(name, group)]
-        silent = any(name not in group for group in groups)
-        exempt = name == "clipping" and value is not None and not own
-        if not silent and groups and (exempt or any(other != value for other in own)):
-            said = "None, which exempts them" if exempt else " and ".join(str(other) for other in dict.fromkeys(own))
-            raise InputError(
-                f"{name} {value} would do nothing: all parameter groups have a {name} of their own, {said}; "
-                "give it in one place"
-            )
+        own = [group[name] for group in groups if not (name == "weight_decay" and _is_undecayed(group))]
+        if value is None or any(own):
+            own = [other for other in own if other is not None]
+        if any(other != value for other in own):
+            said = " and ".join("None, which exempts them" if x is None else str(x) for x in dict.fromkeys(own))
+            raise InputError(f"{name} {value} would do nothing: all groups have their own, {said}; give one of them")
 
 
-def _is_role(name: str, group: Mapping[str, Any]) -> bool:
-    if name == "weight_decay":  # torch's optimizers take parameters with names, too
-        return group[name] == 0 and all(_is_gain(p[1] if isinstance(p, tuple) else p) for p in group["params"])
-    return name == "clipping" and group[name] is None
+def _is_undecayed(group: Mapping[str, Any]) -> bool:  # torch's optimizers take parameters with names, too
+    return group["weight_decay"] == 0 and all(_is_gain(p[1] if isinstance(p, tuple) else p) for p in group["params"])
+
+
+def settle(groups: Sequence[Mapping[str, Any]], clipping: float | None, eps: float, units: Units | None) -> dict:
+    """The settings of groups that do not say; an argument that was given must have one."""
+    check_given(groups, clipping=clipping, clip_eps=eps, **({"units": units} if units else {}))
+    settings = {"clipping": plain(clipping), "clip_eps": float(eps), "units": units or "channel"}
+    clipping_of(settings)
+    return settings
 
 
 def keep_missing(
     saved: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]], keys: Iterable[str]
 ) -> list[dict[str, Any]]:
     """The groups of a saved state with those of `keys` that it lacks, from the groups that it is to replace."""
-    if len(saved) != len(own):
-        return list(saved)  # which torch refuses
-    return [{key: mine[key] for key in keys if key in mine} | group for group, mine in zip(saved, own, strict=True)]
+    filled = [{key: mine[key] for key in keys if key in mine} | group for group, mine in zip(saved, own, strict=False)]
+    return filled + list(saved[len(own) :])  # as many as were saved, which torch compares
 
 
 def as_groups(params_or_groups: Any) -> list[dict[str, Any]]:
@@ -93,8 +99,7 @@ def as_groups(params_or_groups: Any) -> list[dict[str, Any]]:
         return [{"params": items}]
     groups = [dict(group) for group in cast("list[Mapping[str, Any]]", items)]
     for group in groups:
-        params = group["params"]
-        if not isinstance(params, set):  # which has no order: torch's optimizers refuse it
+        if not isinstance(params := group["params"], set):  # which has no order: torch's optimizers refuse it
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
     return groups
 
@@ -138,14 +143,11 @@ def param_groups(
     if weight_decay != "optimizer" and (weight_decay is None or not 0 <= weight_decay < math.inf):
         raise InputError(f"weight_decay {weight_decay}: a number of at least 0")
     if clipping != "optimizer":
-        check_clipping(clipping, 1.0)
+        clipping_of({"clipping": clipping, "clip_eps": 1.0})
     if asked := classifier == "auto":
         ask = getattr(model, "get_classifier", None)
         if ask is None:
-            raise InputError(
-                f"{type(model).__name__} has no get_classifier(): pass classifier=model.fc, "
-                "or whatever its last linear layer is called, or None to clip every layer"
-            )
+            raise InputError(f"{type(model).__name__} has no get_classifier(): pass classifier=, a layer or None")
         classifier = ask()
     modules = set(model.modules())
     if classifier is not None and classifier not in modules:

@@ -22,23 +22,20 @@ def ascent_size(batch_size: int, fraction: float = 0.2) -> int:
 
 
 def own_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Euclidean norm of what this rank has of each; scalars, float32 at least, on the first one's device."""
-    norms = [torch.linalg.vector_norm(local(t), dtype=wide(t.dtype)).to(tensors[0].device) for t in tensors]
-    if norms[0].device.type == "cpu" and not torch.stack(norms).isfinite().all():
-        # Squares may have overflowed where norms do not. Elsewhere than on a CPU asking would make the host wait.
-        norms = [torch.linalg.vector_norm(local(t).double()).to(norms[0].device) for t in tensors]
-    return norms
+    """Euclidean norm of what this rank has of each; scalars on the first one's device, float64 on a CPU."""
+    exact = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
+    norms = [torch.linalg.vector_norm(local(t), dtype=torch.promote_types(t.dtype, exact)) for t in tensors]
+    return [norm.to(norms[0].device) for norm in norms]
 
 
 def global_norm(tensors: list[Tensor], norms: list[Tensor]) -> Tensor:
     """Euclidean norm of all tensors together, of sharded ones over all their shards, from `own_norms`; a scalar."""
     kinds: dict[tuple, list[Tensor]] = {}
     for t, norm in zip(tensors, norms, strict=True):
-        kinds.setdefault(_shard_groups(t) if is_sharded(t) else (), []).append(norm)
+        kinds.setdefault(_shard_groups(t), []).append(norm)
     total = torch.zeros((), device=norms[0].device)
     for groups, parts in kinds.items():
-        together = torch.stack(parts)
-        square = (together.double() if together.device.type == "cpu" else together).square().sum()
+        square = torch.stack(parts).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
@@ -46,6 +43,8 @@ def global_norm(tensors: list[Tensor], norms: list[Tensor]) -> Tensor:
 
 
 def _shard_groups(t: Any) -> tuple:
+    if not is_sharded(t):
+        return ()
     from torch.distributed.tensor import Shard
 
     return tuple(t.device_mesh.get_group(dim) for dim, place in enumerate(t.placements) if isinstance(place, Shard))
@@ -63,12 +62,11 @@ class SAM:
         optimizer.step()
 
     Works with any optimizer and with AGC, which clips the second gradient. Micro-batches: accumulate gradients before
-    `ascend`, and again before `restore`. A GradScaler needs nothing: scale both losses, `scaler.step(optimizer)`; the
-    ascent does not depend on the scale, and an overflow in either gradient makes the step be skipped: there is no
-    ascent along a gradient that is not finite, and `restore` puts a NaN into the second gradient of each parameter
-    whose first one was not. DDP: compute the
-    first gradient under `model.no_sync()`, so that every rank climbs by its own, which the paper found best. FSDP2
-    shards gradients as it averages them, so there all ranks climb by the same.
+    `ascend`, and again before `restore`. GradScaler: scale both losses, `scaler.step(optimizer)`; the ascent does not
+    depend on the scale. There is none along a gradient that is not finite, and `restore` puts a NaN into the second
+    gradient of each parameter whose first one was not, so that the step is skipped. DDP: compute the first gradient
+    under `model.no_sync()`, so that every rank climbs by its own, which the paper found best. FSDP2 shards gradients as
+    it averages them, so there all ranks climb by the same.
 
     Args:
         optimizer: whose parameters move.
@@ -82,8 +80,7 @@ class SAM:
         if not (rho >= 0 and math.isfinite(rho)):
             raise InputError(f"rho {rho}: a number of at least 0; the paper's is 0.05")
         self.optimizer, self.rho = optimizer, rho
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._spoilt: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # parameters, what they were, 0 or NaN: the mark
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -105,9 +102,8 @@ class SAM:
         factor = self.rho / norm
         for p, grad, own_norm in zip(params, grads, norms, strict=True):
             own, g = local(p), local(grad)
-            self._kept.append((own, own.clone()))
-            self._spoilt.append((p, own_norm * 0))  # 0, or NaN of what is not finite
-            uphill = g.to(wide(g.dtype) or g.dtype) * factor.to(g.device)
+            self._kept.append((p, own.clone(), own_norm * 0))  # NaN of what is not finite
+            uphill = g.to(wide(g.dtype)) * factor.to(g.device)
             own.add_(torch.where(climbs.to(g.device), uphill, 0.0).to(own.dtype))
             p.grad = None
         return norm
@@ -117,21 +113,18 @@ class SAM:
         """Puts the parameters back to the same bits; gradients show where the first ones were not finite."""
         if not self._kept:
             raise InputError("restore() needs ascend() before")
-        for own, kept in self._kept:
-            own.copy_(kept)
-        shown = [(p, spoilt) for p, spoilt in self._spoilt if p.grad is not None]
-        if shown:
-            hidden = [spoilt for p, spoilt in self._spoilt if p.grad is None]  # shown by another parameter
-            shown[0] = shown[0][0], torch.stack([shown[0][1], *hidden]).sum()
-            firsts = [_first(p.grad) for p, _ in shown]
-            torch._foreach_add_(firsts, [s.to(f.device, f.dtype) for (_, s), f in zip(shown, firsts, strict=True)])
-        self._kept, self._spoilt = [], []
+        for p, own, _ in self._kept:
+            local(p).copy_(own)
+        firsts = [_first(p.grad) for p, _, _ in self._kept if p.grad is not None]
+        marks = [mark for p, _, mark in self._kept if p.grad is not None]
+        if firsts:
+            hidden = [mark for p, _, mark in self._kept if p.grad is None]  # which another gradient shows
+            marks[0] = torch.stack([marks[0], *hidden]).sum()
+            torch._foreach_add_(firsts, [m.to(f.device, f.dtype) for m, f in zip(marks, firsts, strict=True)])
+        self._kept = []
 
     def step(self, ascent: Callable[[], Any], descent: Callable[[], Any]) -> Any:
-        """All of it: the two closures compute a loss and its gradient, on a part of the batch and on the whole.
-
-        Returns what `descent` returns.
-        """
+        """All of it: the closures compute loss and gradient, on a part of the batch and on all; returns `descent()`."""
         self.optimizer.zero_grad()
         ascent()
         self.ascend()

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normfree.config import InputError
-from normfree.optim.agc import AGCStats, Piece, arrange, clip_pieces_, local, make_stats, piece_of
+from normfree.optim.agc import AGCStats, Piece, clip_pieces_, local, piece_of
 from normfree.optim.ema import EMA, blend_
-from normfree.optim.groups import (
-    CLIPPING_KEYS,
-    Default,
-    as_groups,
-    check_clipping,
-    check_given,
-    check_names,
-    keep_missing,
-    plain,
-)
-from normfree.optim.sweep import Item, sweep
+from normfree.optim.groups import CLIPPING_KEYS, Default, as_groups, check_given, clipping_of, keep_missing, plain
 
 
 def sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
     *,
     lr: float,
     momentum: float,
@@ -36,17 +26,20 @@ def sgd_step_(
     weight_decay: float,
     hold: Tensor | None = None,
 ) -> None:
-    """One batched step over all tensors; overwrites `params`, `grads` and `momenta`.
+    """One batched step over all tensors; overwrites `params`, `momenta`, and `grads`, which may be of another dtype.
 
     d = g + weight_decay * p;   m <- momentum * m + d;   p <- p - lr * (d + momentum * m  if nesterov else  m)
 
     `hold`: bool scalar on the device; where it is true, parameters and momenta stay as they are, whatever the
     gradients are.
     """
-    params, grads, momenta = list(params), list(grads), list(momenta)
+    # Decay and momentum are added to the gradients, so these are made at least as precise as the parameters.
+    pairs = zip(params, grads, strict=True)
+    grads = [g if g.dtype == p.dtype else g.to(torch.promote_types(g.dtype, p.dtype)) for p, g in pairs]
     if hold is not None:
         options: dict[str, Any] = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-        if _alike([params, grads, momenta]) and momentum:
+        alike = all(p.stride() == g.stride() == m.stride() for p, g, m in zip(params, grads, momenta, strict=True))
+        if momentum and alike and len({t.dtype for t in (*params, *grads, *momenta)}) == 1:  # as the kernel needs them
             extra: dict[str, Any] = dict(dampening=0.0, maximize=False, is_first_step=False, found_inf=hold.float())
             torch._fused_sgd_(params, grads, momenta, **options, **extra)
             return
@@ -62,13 +55,6 @@ def sgd_step_(
     if nesterov:
         torch._foreach_add_(grads, momenta, alpha=momentum)
     torch._foreach_add_(params, grads if nesterov else momenta, alpha=-lr)
-
-
-def _alike(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether PyTorch's fused kernel takes them: of one dtype, and the tensors of one parameter in one order."""
-    return len({t.dtype for tensors in lists for t in tensors}) == 1 and all(
-        t.stride() == same[0].stride() for same in zip(*lists, strict=True) for t in same
-    )
 
 
 _OWN_KEYS = ("lr", "momentum", "nesterov", "weight_decay", *CLIPPING_KEYS)
@@ -124,19 +110,17 @@ class SGD_AGC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by torch with what is to be loaded, a copy or a pickle; `state` is by parameter already."""
         for p, kept in state["state"].items():
-            if isinstance(kept, Mapping) and kept.keys() - {"momentum_buffer"}:
-                other = ", ".join(sorted(kept.keys() - {"momentum_buffer"}))
+            if other := ", ".join(sorted(kept.keys() - {"momentum_buffer"})):
                 raise InputError(f"this state is of another optimizer, which keeps {other}")
-            momentum = kept.get("momentum_buffer") if isinstance(p, Tensor) else None
+            momentum = kept.get("momentum_buffer")
             if momentum is not None and momentum.shape != p.shape:
                 raise InputError(f"a momentum of {tuple(momentum.shape)} does not fit a weight of {tuple(p.shape)}")
-        groups = [_renamed(g) if "clipping" in g and "clip_eps" not in g else g for g in state["param_groups"]]
-        if "param_groups" in self.__dict__:
-            groups = keep_missing(groups, self.param_groups, _OWN_KEYS)
+        groups = [_renamed(group) for group in state["param_groups"]]
+        groups = keep_missing(groups, getattr(self, "param_groups", ()), _OWN_KEYS)
         for group in groups:
             _check(group)
         super().__setstate__(state | {"param_groups": groups})
-        self.__dict__.setdefault("stats", AGCStats())
+        self.stats = AGCStats()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -162,80 +146,36 @@ class SGD_AGC(torch.optim.Optimizer):
             if hold:
                 return loss
             hold = None
-        pieces: list[Piece] = []  # what is clipped, in an order that is the same on all ranks
-        found, order = [], []
-        swept: list[tuple[int | None, Item]] = []
-        batched: list[tuple[dict[str, Any], list[tuple[Piece, Tensor]]]] = []
         averages = {} if ema is None else ema.averages()
         blend = 0.0 if ema is None or ema_step is None else 1 - ema.decay_at(ema_step)
+        pieces: list[Piece] = []
+        updates: list[dict[str, Any]] = []
+        spans: list[tuple[range, dict[str, Any]]] = []  # pieces of each group, by number, and its options
         for group in self.param_groups:
-            _check(group)
-            clipping, eps = group["clipping"], group["clip_eps"]
-            update = {name: float(group[name]) for name in ("lr", "momentum", "weight_decay")}
-            update |= {"nesterov": group["nesterov"]}
-            rest: list[tuple[Piece, Tensor]] = []
+            start, clipping = len(pieces), _check(group)
+            options = {name: float(group[name]) for name in ("lr", "momentum", "weight_decay")}
+            options["nesterov"] = group["nesterov"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.is_sparse and update["weight_decay"]:
-                    raise InputError(
-                        "weight decay would move all rows of a parameter with sparse gradients: give it a group of its "
-                        "own with weight_decay 0, or dense gradients (sparse=False)"
-                    )
-                if self.state[p].get("momentum_buffer") is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                piece = piece_of(p, group.get("units", "channel"), group.get("transposed", 0))
-                momentum, average = local(self.state[p]["momentum_buffer"]), averages.get(p)
-                item = piece.item(clipping, eps, m=momentum, e=average, blend=blend, **update)
-                if item is not None and not p.grad.is_sparse:
-                    averages.pop(p, None)
-                    swept.append((None if clipping is None else len(pieces), item))
-                else:
-                    rest.append((piece, momentum))
-                    order += [] if clipping is None else [len(pieces)]
-                pieces += [] if clipping is None else [piece]
-            batched.append((group | update, rest))
-        for options, rest in batched:
-            if rest:
-                found += self._batched_step([piece for piece, _ in rest], [m for _, m in rest], options, hold)
-        if swept:
-            columns = sweep([item for _, item in swept])
-            clipped = [i for i, (place, _) in enumerate(swept) if place is not None]
-            found.append(columns[:, clipped])
-            order += [place for place, _ in swept if place is not None]
+                if p.grad.is_sparse and options["weight_decay"]:
+                    what = "weight decay would move all rows of a parameter with sparse gradients"
+                    raise InputError(f"{what}: give it a group with weight_decay 0, or dense gradients (sparse=False)")
+                pieces.append(piece_of(p, *clipping, dense=True))
+                state = self.state[p]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                updates.append(options | {"m": local(state["momentum_buffer"]), "e": averages.get(p), "blend": blend})
+            spans.append((range(start, len(pieces)), options))
+        self.stats, swept = clip_pieces_(pieces, updates)
+        for i in swept:
+            averages.pop(pieces[i].param, None)
+        for span, options in spans:
+            if rest := [i for i in span if i not in swept]:
+                weights, grads = [pieces[i].weight for i in rest], [pieces[i].grad for i in rest]
+                sgd_step_(weights, grads, [updates[i]["m"] for i in rest], **options, hold=hold)
         blend_(averages, blend)
-        self.stats = make_stats(pieces, arrange(found, order))
         return loss
-
-    def _batched_step(
-        self, pieces: list[Piece], momenta: list[Tensor], group: dict[str, Any], hold: Tensor | None
-    ) -> list[Tensor]:
-        """By batched operations; what `clip_pieces_` found, if it was to clip."""
-        clipping = group["clipping"]
-        found = [] if clipping is None else [clip_pieces_(pieces, clipping, group["clip_eps"])]
-        dense = [_dense(piece) for piece in pieces]
-        sgd_step_(
-            [weight for weight, _ in dense],
-            [grad for _, grad in dense],
-            momenta,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            hold=hold,
-        )
-        return found
-
-
-def _dense(piece: Piece) -> tuple[Tensor, Tensor]:
-    """Parameter and gradient: of a sparse one the piece has only the rows that are in it.
-
-    Decay and momentum are added to gradients, so these are at least as precise as the parameter.
-    """
-    grad, weight = piece.grad, piece.weight
-    if piece.param.grad is not None and piece.param.grad.is_sparse:
-        grad, weight = piece.param.grad.to_dense(), piece.param
-    return weight, grad if grad.dtype == weight.dtype else grad.to(torch.promote_types(grad.dtype, weight.dtype))
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,9 +186,9 @@ def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _check(group: Mapping[str, Any]) -> None:
-    check_names(frozenset(group), _OWN_KEYS)
-    check_clipping(group["clipping"], group["clip_eps"], group.get("units", "channel"))
+def _check(group: Mapping[str, Any]) -> tuple:
+    """What `clipping_of` says of the group; InputError for options out of range."""
+    clipping = clipping_of(group, ours=_OWN_KEYS)
     if not (0 <= group["lr"] < math.inf and 0 <= group["weight_decay"] < math.inf and 0 <= group["momentum"] < 1):
         raise InputError("lr and weight_decay are at least 0 and finite, momentum lies in [0, 1)")
     if group["nesterov"] and not group["momentum"]:
@@ -256,3 +196,4 @@ def _check(group: Mapping[str, Any]) -> None:
     for name in ("dampening", "maximize", "differentiable"):
         if group.get(name):
             raise InputError(f"SGD_AGC has no {name}: torch.optim.SGD with AGC attached does")
+    return clipping

@@ -47,13 +47,10 @@ class Item:
         if not all(t.device.type == "cpu" and t.dtype == torch.float32 and not t.is_sparse for t in tensors):
             return False
         p = self.p
-        dense = p.is_contiguous() or (
-            p.is_contiguous(memory_format=torch.channels_last)
-            if p.ndim == 4
-            else p.ndim == 5 and p.is_contiguous(memory_format=torch.channels_last_3d)
-        )
         same = all(t.shape == p.shape and t.stride() == p.stride() for t in tensors)
-        return same and dense if p.numel() else True
+        return not p.numel() or (
+            same and (p.is_contiguous() or p.permute(0, *sorted(range(1, p.ndim), key=p.stride)[::-1]).is_contiguous())
+        )
 
 
 def sweep(items: Sequence[Item]) -> Tensor:
