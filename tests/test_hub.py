@@ -410,7 +410,7 @@ def test_unreachable_server_is_named_without_long_retries(hub, start, unreachabl
         client = start(f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(InputError, match=r"127\.0\.0\.1"):
             client.fetch(hub.uri)
-    assert len(asked) == 1  # huggingface_hub alone tries for 23 s
+    assert 1 <= len(asked) <= 2  # huggingface_hub alone tries six times, for 23 s; a request itself may connect twice
 
 
 def test_a_server_that_is_no_hub(hub, client, monkeypatch):
