@@ -26,7 +26,7 @@ from normfree.config import (
 from normfree.engine.evaluate import Accuracy
 from normfree.models import find_variant, list_models
 from normfree.recipes import RECIPES
-from normfree.recipes.small import Asked, Images, Machine, choose, worth_measuring
+from normfree.recipes.small import Asked, Images, Machine, choose
 from normfree.tasks.classification import build, choose_recipe, image_mib, images_per_second, network
 
 CPU = Machine("cpu", 16)
@@ -34,6 +34,11 @@ COLOURS = ("blue", "green", "red")
 
 
 PHOTOS = Images(3_000, COLOURS, 128, False, num_validation=300)
+
+
+def cpu(images_per_s: float = 1e6, image_mib: float = 1) -> Machine:
+    """A CPU with 16 GiB on which every run fares like this."""
+    return replace(CPU, images_per_s=lambda run, enough: images_per_s, image_mib=lambda run: image_mib)
 
 
 def asked(name: str) -> Asked:
@@ -243,28 +248,34 @@ def test_a_slow_machine_takes_fewer_epochs_and_says_so():
     for grey, minutes, seen in ((False, 30, 50_000), (True, 10, 60_000)):
         images = Images(seen, COLOURS, 32, grey)
         run, reasons = choose({}, images, CPU)
-        assert choose({}, images, replace(CPU, images_per_s=1e6)) == (run, reasons)
-        shorter, why = choose({}, images, replace(CPU, images_per_s=seen / 100))  # 100 s an epoch
+        assert choose({}, images, cpu()) == (run, reasons)
+        shorter, why = choose({}, images, cpu(seen / 100))  # 100 s an epoch
         assert shorter.optim.epochs == int(0.72 * minutes * 60 / 100) < run.optim.epochs
         assert shorter.optim.warmup_epochs == min(1, shorter.optim.epochs / 10)
         assert replace(shorter, optim=run.optim) == run
         assert any(f"{shorter.optim.epochs} epochs: what {minutes} minutes allow" in reason.text for reason in why)
-        validate(choose({}, images, replace(CPU, images_per_s=1))[0])
-    _, why = choose({"model": "nfnet_f0"}, PHOTOS, replace(CPU, images_per_s=1), asked("nfnet_f0"))
+        validate(choose({}, images, cpu(1))[0])
+    _, why = choose({"model": "nfnet_f0"}, PHOTOS, cpu(1), asked("nfnet_f0"))
     assert any("3 epochs, the fewest, take about 3.5 hours at 1 images/s" in reason.text for reason in why)
 
 
 def test_what_does_not_fit_into_memory_goes_through_in_parts():
     for mib, batch, micro in ((10, 64, None), (200, 64, 32), (1e6, 64, 1), (200, 16, None)):
-        run, _ = choose({"batch_size": batch}, PHOTOS, replace(CPU, image_mib=mib))
+        run, _ = choose({"batch_size": batch}, PHOTOS, cpu(image_mib=mib))
         assert run.optim.micro_batch == micro
-    run, _ = choose({"batch_size": 64, "micro_batch": 64}, PHOTOS, replace(CPU, image_mib=1e6))
+    run, _ = choose({"batch_size": 64, "micro_batch": 64}, PHOTOS, cpu(image_mib=1e6))
     assert run.optim.micro_batch == 64
 
 
 def test_only_what_costs_is_measured():
     small = Images(50_000, COLOURS, 32, False)
     mnist = RECIPES["mnist5k"]("mnist5k")
+    seen = []
+    machine = replace(
+        CPU,
+        images_per_s=lambda run, enough: seen.append(("speed", run.data.train_px)) or 1e6,
+        image_mib=lambda run: seen.append(("memory", run.data.train_px)) or 1,
+    )
     for given, images, base, speed, memory in (
         ({}, PHOTOS, None, False, False),
         ({"path": "x", "seed": 3}, small, None, True, False),
@@ -276,7 +287,11 @@ def test_only_what_costs_is_measured():
         ({}, Images(4_000, COLOURS, 28, True), mnist, False, False),
         ({"model": "nfnet_f0", "micro_batch": 2}, PHOTOS, mnist, True, False),
     ):
-        assert worth_measuring({"path": "mnist5k"} | given, images, CPU, base) == (speed, memory), given
+        seen.clear()
+        network = asked(given["model"]) if "model" in given else None
+        run, _ = choose({"path": "mnist5k"} | given, images, machine, network, base)
+        expected = ["memory"] * memory + ["speed"] * speed
+        assert seen == [(what, run.data.train_px) for what in expected], given
 
 
 def test_evaluations_take_a_small_share_of_the_time():
@@ -298,7 +313,7 @@ def test_speed_and_memory_are_measured_without_a_trace():
     state = torch.get_rng_state()
     run, _ = choose({}, Images(500, COLOURS, 32, False), CPU)
     with torch.random.fork_rng(devices=[]):
-        model = network(run, COLOURS)[0].train()
+        model = network(run.model, COLOURS)[0].train()
     assert 1 < images_per_second(model, run, enough=0) < 1e6
     kept = image_mib(model, run)
     assert 0.1 < kept < 10

@@ -6,7 +6,7 @@ The rules come from measurements on two CPU cores, which docs/recipes.md keeps w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,16 +60,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Machine:
-    """Device ("cpu", "cuda" or "mps") and the GiB of memory that it has, and where measured, how the run fares on it.
+    """Device ("cpu", "cuda" or "mps"), the GiB of memory that it has, and what measures a run on it.
 
-    `images_per_s`: of how many images the gradients are computed in a second; `image_mib`: what one image in training
-    takes of the memory.
+    `images_per_s(run, enough)`: of how many images the gradients are computed in a second, exact where that is
+    about `enough`; `image_mib(run)`: what one image in training takes of the memory. They are called where the choice
+    depends on them.
     """
 
     device: str
     memory_gib: float
-    images_per_s: float | None = None
-    image_mib: float | None = None
+    images_per_s: Callable[[RunConfig, float], float] | None = None
+    image_mib: Callable[[RunConfig], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,208 +105,55 @@ def choose(
         InputError: two given options contradict each other, or one does nothing without another.
     """
     for pair in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
-        if given.keys() >= set(pair) and None not in (given[name] for name in pair):
+        if all(given.get(name) is not None for name in pair):
             raise InputError(f"{' and '.join(spell(name, given[name]) for name in pair)}: give one of them")
-    rule = base or _rule(images, machine, asked)
-    choice = _Choice(given, with_options(rule, given))
-    _choose_network(choice, rule, images, machine, asked, base)
-    _choose_batch(choice, rule, machine, base)
-    _choose_length(choice, rule, images, machine, base)
-    _choose_data(choice, rule, images, base)
-    _choose_evaluations(choice, images, base)
+    run = rule = base or _rule(images, machine, asked)
+    if asked is not None and asked.name != rule.model.model:
+        run = replace(rule, model=ModelConfig(asked.name, in_channels=rule.model.in_channels))
+    usual = options_of(base or _rule(images, machine, None))
+    unusual = {name for name, value in given.items() if value != usual[name]}
+    choice = _Choice(given, unusual, images, machine, asked, base, rule, with_options(run, given))
+    choice.network()
+    choice.batch()
     options = options_of(choice.run)
     for name, needed in _VOID.items():
         if name in given and not options[needed]:
             raise InputError(f"{spell(name, given[name])} does nothing without --{needed.replace('_', '-')}")
+    choice.memory()  # from here on the run may be measured
+    choice.length()
+    choice.data()
+    choice.evaluations()
     return choice.run, tuple(choice.reasons)
 
 
-def worth_measuring(given: Given, images: Images, machine: Machine, base: RunConfig | None) -> tuple[bool, bool]:
-    """Whether the speed of the chosen run, and the memory that it takes, matter for what is chosen."""
-    usual = options_of(base or _rule(images, machine, None))
-    unusual = {name for name, value in given.items() if value != usual[name]}
-    costly = bool(COSTLY & unusual)
-    speed = not given.keys() & {"epochs", "steps"} and (costly or (base is None and images.are_small))
-    return speed, "micro_batch" not in given and (costly or "batch_size" in unusual)
-
-
-def fast_enough(run: RunConfig, images: Images) -> float:
-    """Images a second at which `MINUTES` allow all epochs; 28 % are for reading, evaluation and other programs."""
-    return run.optim.epochs * images.num_train / (0.72 * 60 * MINUTES[images.grey])
-
-
-@dataclass
-class _Choice:
-    given: Given
-    run: RunConfig
-    reasons: list[Reason] = field(default_factory=list)
-
-    def set(self, **values: Any) -> None:
-        """Sets those options that are not given."""
-        self.run = with_options(self.run, {name: value for name, value in values.items() if name not in self.given})
-
-    def say(self, parts: Mapping[str, str], because: Iterable[str] = ()) -> None:
-        """A reason out of a text for each option, those left out that are given; `because`: what it depends on."""
-        parts = {name: text for name, text in parts.items() if name not in self.given}
-        causes = [spell(name, self.given[name]) for name in because if name in self.given]
-        if parts:
-            head = f"because {' '.join(causes)}: " if causes else ""
-            self.reasons.append(Reason(tuple(parts), head + ", ".join(filter(None, parts.values()))))
-
-
-# --- what suits images and machine ---
-
-
 def _rule(images: Images, machine: Machine, asked: Asked | None) -> RunConfig:
-    small = asked is not None and asked.name in OURS
-    if images.are_small:
-        run = _small_images(images)
-    elif machine.device == "cuda" and images.num_train >= 50_000 and images.short_px >= 160 and not small:
-        run = _large_photos(machine)
-    else:
-        run = _photos(images, machine)
-    return with_options(
-        run,
-        {
-            "in_channels": 1 if images.grey else 3,
-            "flip": not images.are_symbols,
-            "balance": 1.0 if images.unevenness >= UNEVEN else 0.0,
-        },
-    )
-
-
-def _small_images(images: Images) -> RunConfig:
-    """Up to 63 px: `nfnet_nano`, without dropout and stochastic depth, whose runs are too short to need them."""
-    px = max(28, -(-images.short_px // 4) * 4)
-    epochs = _between(10 if images.grey else 28, 300_000 / images.num_train, 60)
-    return RunConfig(
-        ModelConfig("nfnet_nano", drop_rate=0.0, stochastic_depth=0.0),
-        DataConfig(train_px=px, eval_px=px, crop_style="shift"),
-        replace(_optim(images, epochs), weight_decay=5e-4),
-    )
-
-
-def _photos(images: Images, machine: Machine) -> RunConfig:
-    """From 64 px up: `nfnet_micro`, trained smaller than it is evaluated, as the paper does."""
+    """What suits images and machine, where nothing else is given."""
+    count, channels = images.num_train, 1 if images.grey else 3
+    size = min(64 if count >= 20_000 else 32, max(2, count // 8))  # at least some hundred steps an epoch
+    optim = OptimConfig(batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
+    if images.are_small:  # the runs are too short to need dropout and stochastic depth
+        px = max(28, -(-images.short_px // 4) * 4)
+        epochs = round(min(max(10 if images.grey else 28, 300_000 / count), 60))
+        return RunConfig(
+            ModelConfig("nfnet_nano", drop_rate=0.0, stochastic_depth=0.0, in_channels=channels),
+            DataConfig(train_px=px, eval_px=px, crop_style="shift"),
+            replace(optim, epochs=epochs, weight_decay=5e-4),
+        )
+    ours = asked is not None and asked.name in OURS
+    if machine.device == "cuda" and count >= 50_000 and images.short_px >= 160 and not ours:
+        micro_batch = None if machine.memory_gib >= 30 else 64
+        return RunConfig(  # the paper's F0 with a quarter of its epochs. Not measured.
+            ModelConfig("nfnet_f0", in_channels=channels),
+            DataConfig(train_px=192, eval_px=256, mixup=0.2, cutmix=1.0, randaugment_layers=4),
+            OptimConfig(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08),
+        )
     eval_px = min(images.short_px // 16 * 16, 160 if machine.device == "cuda" else 112)
-    train_px = max(48, round(eval_px * 0.72 / 16) * 16)
+    train_px = max(48, round(eval_px * 0.72 / 16) * 16)  # trained smaller than it is evaluated, as in the paper
     return RunConfig(
-        ModelConfig("nfnet_micro"),
+        ModelConfig("nfnet_micro", in_channels=channels),
         DataConfig(train_px=train_px, eval_px=eval_px, min_area=0.25),
-        _optim(images, _between(15, 100_000 / images.num_train, 120)),
+        replace(optim, epochs=round(min(max(15, 100_000 / count), 120))),
     )
-
-
-def _large_photos(machine: Machine) -> RunConfig:
-    """The paper's F0 with a quarter of its epochs, for 50,000 photographs and more on a GPU. Not measured."""
-    micro_batch = None if machine.memory_gib >= 30 else 64
-    return RunConfig(
-        ModelConfig("nfnet_f0"),
-        DataConfig(train_px=192, eval_px=256, mixup=0.2, cutmix=1.0, randaugment_layers=4),
-        OptimConfig(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08),
-    )
-
-
-def _optim(images: Images, epochs: int) -> OptimConfig:
-    """Batches that make at least some hundred steps an epoch; λ grows with them."""
-    size = min(64 if images.num_train >= 20_000 else 32, max(2, images.num_train // 8))
-    return OptimConfig(epochs=epochs, batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
-
-
-def _between(low: int, value: float, high: int) -> int:
-    return round(min(max(value, low), high))
-
-
-# --- what goes with what is given ---
-
-
-def _choose_network(
-    choice: _Choice, rule: RunConfig, images: Images, machine: Machine, asked: Asked | None, base: RunConfig | None
-) -> None:
-    """Network and pixels. One side given, the other keeps its ratio to it, but does not grow beyond the images'."""
-    given, train_px, eval_px = choice.given, rule.data.train_px, rule.data.eval_px
-    causes = ("model", "init", "train_px", "eval_px")
-    if asked is not None and (asked.name != rule.model.model or asked.in_channels is not None):
-        if asked.name != rule.model.model:
-            choice.run = replace(choice.run, model=ModelConfig(asked.name, in_channels=rule.model.in_channels))
-            choice.run = with_options(choice.run, given)
-        train_px, eval_px = _own_pixels(asked, images)
-        if asked.in_channels not in (None, rule.model.in_channels):
-            choice.set(in_channels=asked.in_channels)
-            choice.say({"in_channels": f"{asked.in_channels} channels: what the weights take"}, because=("init",))
-    if train_px is None or eval_px is None:  # of a recipe, which leaves them to its network
-        return
-    ratio = eval_px / train_px
-    if "train_px" in given and "eval_px" not in given and given["train_px"] is not None:
-        train_px, most = given["train_px"], max(eval_px, images.short_px)
-        eval_px = max(train_px, min(_rounded(train_px * ratio), most)) if ratio != 1 else train_px
-    elif "eval_px" in given and "train_px" not in given and given["eval_px"] is not None:
-        eval_px = given["eval_px"]
-        train_px = min(eval_px, _rounded(eval_px / ratio)) if ratio != 1 else eval_px
-    choice.set(train_px=train_px, eval_px=eval_px)
-    name, colours = choice.run.model.model, "grey" if images.grey else "in colour"
-    if not given.keys() & set(causes):
-        if base is None:
-            why = f"{images.num_train} images {colours}, short side {images.short_px} px, on {machine.device}"
-            choice.say({"model": f"{name} at {train_px} px: {why}", "train_px": "", "eval_px": ""})
-        return
-    parts = {"model": name} if base is None and "model" not in given else {}
-    parts |= {"train_px": f"{train_px} px in training", "eval_px": f"{eval_px} px in evaluation"}
-    if asked is not None and not given.keys() & {"train_px", "eval_px"} and eval_px != asked.eval_px:
-        parts["eval_px"] += f", as the images' short side is {images.short_px} px"
-    choice.say(parts, because=causes)
-
-
-def _own_pixels(asked: Asked, images: Images) -> tuple[int, int]:
-    """Of weights, what they were trained at; else the network's, or the images' where these are smaller, from half."""
-    if asked.in_channels is not None:
-        return asked.train_px, asked.eval_px
-    eval_px = min(asked.eval_px, max(images.short_px // 16 * 16, asked.eval_px // 2))
-    return (_rounded(eval_px * asked.train_px / asked.eval_px) if eval_px < asked.eval_px else asked.train_px), eval_px
-
-
-def _rounded(px: float) -> int:
-    return max(16, round(px / 16) * 16)
-
-
-def _choose_batch(choice: _Choice, rule: RunConfig, machine: Machine, base: RunConfig | None) -> None:
-    """Rate and λ go with the size of the batch: by the rules for our networks, by the paper for all others."""
-    name, o = choice.run.model.model, rule.optim
-    size = choice.run.optim.batch_size
-    lr, clipping, weight_decay = o.lr, o.clipping, o.weight_decay
-    by_paper = name != rule.model.model and name not in OURS
-    if by_paper:
-        lr, clipping, weight_decay = 0.1 * size / 256, _clipping(name, size), OptimConfig.weight_decay
-    elif size != o.batch_size:
-        lr = _rate(o, size)
-        clipping = _clipping(name, size) if base is None or name in OURS else clipping
-    choice.set(lr=lr, clipping=clipping, weight_decay=weight_decay)
-    parts = {
-        "batch_size": f"batches of {size}",
-        "lr": f"learning rate {lr:.3g}",
-        "clipping": "nothing clipped" if clipping is None else f"λ {clipping:.3g}",
-        "weight_decay": f"weight decay {weight_decay:g}",
-    }
-    shown = () if base is not None else ("batch_size", "lr", "clipping")
-    before, now = options_of(o), options_of(choice.run.optim)
-    parts = {option: text for option, text in parts.items() if option in shown or now[option] != before[option]}
-    choice.say(parts, because=("batch_size", "model", "init") if by_paper else ("batch_size",))
-    micro_batch = choice.run.optim.micro_batch
-    if machine.image_mib is not None:  # the rest of the memory is for weights and what is needed for a moment
-        fits = int(0.4 * 1024 * machine.memory_gib / machine.image_mib)
-        micro_batch = 1 << max(fits.bit_length() - 1, 0) if fits < size else None
-        if micro_batch is not None:
-            text = f"{micro_batch} images at once, gradients added up: each takes {machine.image_mib:.0f} MiB"
-            choice.say(
-                {"micro_batch": f"{text} of {machine.memory_gib:.0f} GiB"}, because=("model", "init", "batch_size")
-            )
-    choice.set(micro_batch=micro_batch)
-
-
-def _rate(optim: OptimConfig, size: int) -> float:
-    """In proportion to the batch; upwards to 0.3 at most, where small networks begin to diverge, or to the paper's."""
-    lr = optim.lr * size / optim.batch_size
-    return min(lr, max(optim.lr, min(0.1 * size / 32, 0.3), 0.1 * size / 256)) if size > optim.batch_size else lr
 
 
 def _clipping(name: str, size: int) -> float | None:
@@ -315,93 +163,179 @@ def _clipping(name: str, size: int) -> float | None:
     return None if name.startswith(("bn_", "nf_regnet")) else max(0.01, 0.08 * min(1, 256 / size))
 
 
-def _choose_length(choice: _Choice, rule: RunConfig, images: Images, machine: Machine, base: RunConfig | None) -> None:
-    """Epochs that a CPU has time for, and a warm-up that fits into what is given."""
-    given, o, minutes = choice.given, rule.optim, MINUTES[images.grey]
-    if given.get("epochs") is not None:
-        choice.set(steps=None)  # of a recipe
-    elif given.get("steps") is None:
-        epochs, speed = o.epochs, machine.images_per_s
-        text = f"{epochs:g} epochs: {round(epochs * images.num_train / 1000)} thousand images seen"
-        if rule.model.model not in OURS:
-            text = f"{epochs:g} epochs, a quarter of the paper's 360"
-        if speed is not None:
-            shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-            allowed = int(0.72 * 60 * minutes * speed / images.num_train)
-            least = max(LEAST_EPOCHS, math.ceil(2 * given.get("warmup_epochs", 0)))
-            if allowed < epochs:
+def _scaled(px: int, to: int, of: int) -> int:
+    """`px` * `to` / `of`, in steps of 16 px unless the two are equal."""
+    return px if to == of else max(16, round(px * to / of / 16) * 16)
+
+
+@dataclass
+class _Choice:
+    """The run on its way from `rule` to what goes with what is given, one method for each kind of option."""
+
+    given: Given
+    unusual: set[str]  # those of `given` that differ from what would be chosen without them
+    images: Images
+    machine: Machine
+    asked: Asked | None
+    base: RunConfig | None
+    rule: RunConfig
+    run: RunConfig
+    reasons: list[Reason] = field(default_factory=list)
+
+    def take(self, because: tuple[str, ...] = (), **options: tuple[Any, str | None]) -> None:
+        """Sets the options that are not given to their values; their texts, but for None, are joined to one reason.
+
+        `because`: the options on which it depends; it names those that are given.
+        """
+        options = {name: option for name, option in options.items() if name not in self.given}
+        self.run = with_options(self.run, {name: value for name, (value, _) in options.items()})
+        texts = {name: text for name, (_, text) in options.items() if text is not None}
+        causes = [spell(name, self.given[name]) for name in because if name in self.given]
+        if texts:
+            head = f"because {' '.join(causes)}: " if causes else ""
+            self.reasons.append(Reason(tuple(texts), head + ", ".join(filter(None, texts.values()))))
+
+    def network(self) -> None:
+        """Network and pixels. One side given, the other keeps its ratio to it, but does not grow beyond the images'."""
+        given, images, asked, base = self.given, self.images, self.asked, self.base
+        causes = ("model", "init", "train_px", "eval_px")
+        train_px, eval_px = self.rule.data.train_px, self.rule.data.eval_px
+        if asked is not None and asked.in_channels is not None:  # weights, for what they were trained at
+            train_px, eval_px = asked.train_px, asked.eval_px
+            if asked.in_channels != self.rule.model.in_channels:
+                text = f"{asked.in_channels} channels: what the weights take"
+                self.take(("init",), in_channels=(asked.in_channels, text))
+        elif asked is not None and asked.name != self.rule.model.model:  # or the images' where these are smaller
+            eval_px = min(asked.eval_px, max(images.short_px // 16 * 16, asked.eval_px // 2))
+            whole = eval_px == asked.eval_px
+            train_px = asked.train_px if whole else _scaled(eval_px, asked.train_px, asked.eval_px)
+        if train_px is None or eval_px is None:  # of a recipe, which leaves them to its network
+            return
+        limit = ""
+        if px := given.get("train_px"):
+            scaled = min(_scaled(px, eval_px, train_px), max(eval_px, images.short_px))
+            train_px, eval_px = px, max(px, scaled)
+        elif px := given.get("eval_px"):
+            train_px, eval_px = min(px, _scaled(px, train_px, eval_px)), px
+        elif asked is not None and eval_px != asked.eval_px and not given.keys() & {"train_px", "eval_px"}:
+            limit = f", as the images' short side is {images.short_px} px"
+        name, colours = self.run.model.model, "grey" if images.grey else "in colour"
+        texts = name, f"{train_px} px in training", f"{eval_px} px in evaluation{limit}"
+        if not given.keys() & set(causes):
+            why = f"{images.num_train} images {colours}, short side {images.short_px} px, on {self.machine.device}"
+            texts = (f"{name} at {train_px} px: {why}", "", "") if base is None else (None, None, None)
+        model = name, texts[0] if base is None else None
+        self.take(causes, model=model, train_px=(train_px, texts[1]), eval_px=(eval_px, texts[2]))
+
+    def batch(self) -> None:
+        """Rate and λ go with the size of the batch: by the rules for our networks, by the paper for all others."""
+        o, name, size = self.rule.optim, self.run.model.model, self.run.optim.batch_size
+        lr, clipping, weight_decay = o.lr, o.clipping, o.weight_decay
+        new = self.base is None
+        by_paper = name != self.rule.model.model and name not in OURS
+        if by_paper:
+            lr, clipping, weight_decay = 0.1 * size / 256, _clipping(name, size), OptimConfig.weight_decay
+        elif size != o.batch_size:
+            lr = o.lr * size / o.batch_size
+            if size > o.batch_size:  # to 0.3 at most, where small networks begin to diverge, or to the paper's
+                lr = min(lr, max(o.lr, min(0.1 * size / 32, 0.3), 0.1 * size / 256))
+            clipping = _clipping(name, size) if new or name in OURS else clipping
+        clips = "nothing clipped" if clipping is None else f"λ {clipping:.3g}"
+        self.take(
+            ("batch_size", "model", "init") if by_paper else ("batch_size",),
+            batch_size=(size, f"batches of {size}" if new else None),
+            lr=(lr, f"learning rate {lr:.3g}" if new or lr != o.lr else None),
+            clipping=(clipping, clips if new or clipping != o.clipping else None),
+            weight_decay=(weight_decay, f"weight decay {weight_decay:g}" if weight_decay != o.weight_decay else None),
+        )
+
+    def memory(self) -> None:
+        """Parts of the batch that fit into the memory, 60 % of which is for weights and what is needed for a moment."""
+        measure, gib, size = self.machine.image_mib, self.machine.memory_gib, self.run.optim.batch_size
+        if measure is None or "micro_batch" in self.given or not self.unusual & (COSTLY | {"batch_size"}):
+            return
+        mib = measure(self.run)
+        fits = int(0.4 * 1024 * gib / mib)
+        part = 1 << max(fits.bit_length() - 1, 0)
+        text = f"{part} images at once, gradients added up: each takes {mib:.0f} MiB of {gib:.0f} GiB"
+        self.take(("model", "init", "batch_size"), micro_batch=(part, text) if fits < size else (None, None))
+
+    def length(self) -> None:
+        """Epochs that a CPU has time for, and a warm-up that fits into what is given."""
+        given, images, o = self.given, self.images, self.rule.optim
+        if "epochs" in given:
+            self.take(steps=(None, None))  # of a recipe
+        elif given.get("steps") is None:
+            epochs, said = o.epochs, self.base is None
+            text = f"{epochs:g} epochs: {round(epochs * images.num_train / 1000)} thousand images seen"
+            if self.rule.model.model not in OURS:
+                text = f"{epochs:g} epochs, a quarter of the paper's 360"
+            matters = "steps" not in given and (self.unusual & COSTLY or (said and images.are_small))
+            if matters and self.machine.images_per_s:
+                minutes, said = MINUTES[images.grey], True
+                seconds = 0.72 * 60 * minutes  # 28 % are for reading, evaluation and other programs
+                speed = self.machine.images_per_s(self.run, epochs * images.num_train / seconds)
+                shown = f"at {speed:.0f} images/s" if speed >= 10 else f"at {speed:.2g} images/s"
+                allowed = int(seconds * speed / images.num_train)
+                least = max(LEAST_EPOCHS, math.ceil(2 * given.get("warmup_epochs", 0)))
                 epochs = min(epochs, max(least, allowed))
-                text = (
-                    f"{epochs} epochs: what {minutes} minutes allow at {shown} images/s; more, with --epochs, is better"
-                )
-            if allowed < least:
-                hours = epochs * images.num_train / speed / 3600 / 0.72
-                takes = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
-                text = (
-                    f"{epochs} epochs, the fewest, take about {takes} at {shown} images/s: a smaller --model or "
-                    "--train-px takes less, and --steps fewer"
-                )
-            choice.set(epochs=epochs)
-        if base is None or speed is not None:
-            choice.say({"epochs": text})
-    if "warmup_epochs" in given:
-        choice.set(warmup_steps=None)  # of a recipe
-    elif given.get("warmup_steps") is None:
-        size = choice.run.optim.batch_size
-        before, now = _epochs(o, images), _epochs(choice.run.optim, images)
-        if o.warmup_steps is None:
-            name, unit, warmup = "warmup_epochs", "epochs", _shrunk(o.warmup_epochs, before, now)
-        else:
-            steps = images.num_train * before / o.batch_size, images.num_train * now / size
-            name, unit, warmup = "warmup_steps", "steps", round(_shrunk(o.warmup_steps, *steps))
-        choice.set(**{name: warmup})
-        if warmup != getattr(o, name) and given.keys() & {"epochs", "steps"}:
-            choice.say({name: f"warm-up of {warmup:.3g} {unit}"}, because=("epochs", "steps"))
+                if allowed < least:
+                    hours = epochs * images.num_train / speed / 3600 / 0.72
+                    takes = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+                    less = "a smaller --model or --train-px takes less, and --steps fewer"
+                    text = f"{epochs} epochs, the fewest, take about {takes} {shown}: {less}"
+                elif allowed < o.epochs:
+                    text = f"{epochs} epochs: what {minutes} minutes allow {shown}; more, with --epochs, is better"
+            self.take(epochs=(epochs, text if said else None))
+        if "warmup_epochs" in given:
+            self.take(warmup_steps=(None, None))  # of a recipe
+        elif given.get("warmup_steps") is None:  # shrinks in proportion to the run, but up to a tenth of it is kept
+            unit = "epochs" if o.warmup_steps is None else "steps"
+            name, before, now = f"warmup_{unit}", self.length_in(unit, o), self.length_in(unit, self.run.optim)
+            usual = getattr(o, name)
+            warmup = min(usual, max(now / 10, usual * now / before))
+            warmup = warmup if warmup < now else now / 10
+            warmup = round(warmup) if unit == "steps" else warmup
+            said = warmup != usual and given.keys() & {"epochs", "steps"}
+            text = f"warm-up of {warmup:.3g} {unit}" if said else None
+            self.take(("epochs", "steps"), **{name: (warmup, text)})
 
+    def length_in(self, unit: str, optim: OptimConfig) -> float:
+        """Epochs or steps of a run."""
+        count = self.images.num_train
+        epochs = optim.epochs if optim.steps is None else optim.steps * optim.batch_size / count
+        return epochs if unit == "epochs" else count * epochs / optim.batch_size
 
-def _epochs(optim: OptimConfig, images: Images) -> float:
-    return optim.epochs if optim.steps is None else optim.steps * optim.batch_size / images.num_train
+    def data(self) -> None:
+        """Crops that go with their style, and what the classes ask for."""
+        given, images, style = self.given, self.images, self.run.data.crop_style
+        if self.rule.data.crop_style == "shift" and style != "shift":
+            text = "crops of 60 % of the area and more: small images"
+            self.take(("crop_style",), min_area=(0.6, text))
+        elif self.rule.data.crop_style == "shift" and "min_area" in given and "crop_style" not in given:
+            self.take(("min_area",), crop_style=("pil", "crops in place of shifts"))
+        elif style == "shift":
+            self.take(min_area=(DataConfig.min_area, None))  # which shifts do not use
+        if self.base is None and images.are_symbols:
+            text = "nothing mirrored: the classes are called like digits, letters or sides"
+            self.take(flip=(False, text))
+        if self.base is None and images.unevenness >= UNEVEN:
+            text = f"classes count alike: the largest has {images.unevenness:.0f} times the images of the smallest"
+            self.take(balance=(1.0, text))
 
+    def evaluations(self) -> None:
+        """Whole epochs between evaluations, so that these and their checkpoints take less than a tenth of the time.
 
-def _shrunk(warmup: float, before: float, now: float) -> float:
-    """A warm-up out of a run of length `before` for one of length `now`: in proportion, but up to a tenth is kept."""
-    warmup = min(warmup, max(now / 10, warmup * now / before))
-    return warmup if warmup < now else now / 10
-
-
-def _choose_data(choice: _Choice, rule: RunConfig, images: Images, base: RunConfig | None) -> None:
-    given, style = choice.given, choice.run.data.crop_style
-    if rule.data.crop_style == "shift" and style != "shift":
-        choice.set(min_area=0.6)
-        choice.say({"min_area": "crops of 60 % of the area and more: small images"}, because=("crop_style",))
-    elif rule.data.crop_style == "shift" and "min_area" in given and "crop_style" not in given:
-        choice.set(crop_style="pil")
-        choice.say({"crop_style": "crops in place of shifts"}, because=("min_area",))
-    elif style == "shift":
-        choice.set(min_area=DataConfig.min_area)  # which shifts do not use
-    if base is not None:
-        return
-    if images.are_symbols:
-        choice.say({"flip": "nothing mirrored: the classes are called like digits, letters or sides"})
-    if images.unevenness >= UNEVEN:
-        text = f"classes count alike: the largest has {images.unevenness:.0f} times the images of the smallest"
-        choice.say({"balance": text})
-
-
-def _choose_evaluations(choice: _Choice, images: Images, base: RunConfig | None) -> None:
-    """Whole epochs between evaluations, so that these and their checkpoints take less than a tenth of the time.
-
-    An evaluation passes all validation images forward twice, a third of the work of training on them, for each pixel;
-    its checkpoint takes as long as about 100 images.
-    """
-    data, epochs = choice.run.data, _epochs(choice.run.optim, images)
-    scale = (data.eval_px / data.train_px) ** 2 if data.eval_px and data.train_px else 1.0
-    affordable = 0.1 * epochs * images.num_train / (2 / 3 * images.num_validation * scale + 100)
-    count = min(affordable, MOST_EVALUATIONS) if base is None else affordable
-    every = float(max(1, math.ceil(epochs / max(count, 1))))
-    choice.set(eval_every=every)
-    if every > 1:
-        choice.say({"eval_every": f"evaluated every {every:g} epochs: that takes less than a tenth of the time"})
+        An evaluation passes all validation images forward twice, a third of the work of training on them, for each
+        pixel; its checkpoint takes as long as about 100 images.
+        """
+        data, epochs = self.run.data, self.length_in("epochs", self.run.optim)
+        scale = (data.eval_px / data.train_px) ** 2 if data.eval_px and data.train_px else 1.0
+        count = 0.1 * epochs * self.images.num_train / (2 / 3 * self.images.num_validation * scale + 100)
+        count = min(count, MOST_EVALUATIONS) if self.base is None else count
+        every = float(max(1, math.ceil(epochs / max(count, 1))))
+        text = f"evaluated every {every:g} epochs: that takes less than a tenth of the time" if every > 1 else None
+        self.take(eval_every=(every, text))
 
 
 def mnist5k(path: str = "mnist5k") -> RunConfig:

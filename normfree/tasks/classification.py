@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -80,7 +81,7 @@ from normfree.models.files import read_any
 from normfree.native import library
 from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
-from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose, fast_enough, worth_measuring
+from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
 from normfree.weights import ModelInfo
 from normfree.weights.file import package_version, replacing
 
@@ -237,72 +238,57 @@ def choose_recipe(name: str | None, given: Given) -> tuple[RunConfig, tuple[Reas
     """The run for the options that are `given`, by name, the rest chosen or by the recipe called `name`; and why."""
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
-    path = given.get("path", DataConfig.path)
     loose = {"epochs": math.inf, "warmup_epochs": 0.0, "lr": max(0.1, given.get("final_lr", 0.0)), "mixup": 0.2}
     said = with_options(RunConfig(), loose | dict(given))  # what is not chosen yet contradicts nothing
     validate(said)
-    device = pick_device(said.machine.device)
-    base = None
-    if name is not None:
-        base = _recipe(name, path, given)
-    elif path in DATASET_NAMES and path in RECIPES:  # a packaged set has a recipe of its own name
-        base = RECIPES[path](path)
-    asked = _asked(said.model, given) if name is None else None
+    path, device = said.data.path, pick_device(said.machine.device)
+    base, asked = _starting_point(name, path, said.model, given)
     images, validation = open_dataset(path, validation_fraction=said.data.validation_fraction, seed=said.seed)
     if "validation_fraction" in given and has_validation(path):
         raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
-    counts = Counter(images.targets)
-    short_px, grey = look_at(images)
-    unevenness = max(counts.values()) / min(counts.values())
-    seen = Images(len(images), images.class_names, short_px, grey, unevenness, len(validation))
-    machine = Machine(device.type, memory_gib(device))
-    run, reasons = choose(given, seen, machine, asked, base)
-    speed, memory = worth_measuring(given, seen, machine, base)
-    speed = speed and device.type == "cpu" and name is None
-    if not (speed or memory):
-        return run, reasons
-    with torch.random.fork_rng(devices=[]):
-        model = network(run, images.class_names)[0].to(device).train()
-    if memory:
-        machine = replace(machine, image_mib=image_mib(model, run))
-        run, reasons = choose(given, seen, machine, asked, base)
-    if speed:
-        machine = replace(machine, images_per_s=images_per_second(model, run, fast_enough(run, seen)))
-        run, reasons = choose(given, seen, machine, asked, base)
-    return run, reasons
+    counts = Counter(images.targets).values()
+    seen = Images(len(images), images.class_names, *look_at(images), max(counts) / min(counts), len(validation))
+
+    @functools.cache
+    def model(config: ModelConfig) -> Network:
+        with torch.random.fork_rng(devices=[]):
+            return network(config, images.class_names)[0].to(device).train()
+
+    def of_run(measure: Callable[..., float]) -> Callable[..., float]:
+        return lambda run, *more: measure(model(run.model), run, *more)
+
+    speed = of_run(images_per_second) if device.type == "cpu" and name is None else None
+    machine = Machine(device.type, memory_gib(device), speed, of_run(image_mib))
+    return choose(given, seen, machine, asked, base)
 
 
-def _recipe(name: str, path: str, given: Given) -> RunConfig:
-    """A recipe that the user names: what is given takes the place of its values, but it stays with its network."""
-    run = RECIPES[name](path)
-    model = run.model.model
-    if given.get("model", model) != model:
-        raise InputError(
-            f"--recipe {name} is for {model}, not {given['model']}: take the recipe of that name, or leave out --recipe"
-        )
-    if given.keys() & {"train_px", "eval_px"}:  # one side follows the other, so they must be known
-        own, data = find_variant(model), run.data
-        px = dict(train_px=data.train_px or own.train_px, eval_px=data.eval_px or own.eval_px)
-        run = replace(run, data=replace(data, **px))
-    return run
-
-
-def _asked(model: ModelConfig, given: Given) -> Asked | None:
-    """The network of --model or --init; InputError where these are two."""
+def _starting_point(
+    name: str | None, path: str, model: ModelConfig, given: Given
+) -> tuple[RunConfig | None, Asked | None]:
+    """The recipe called `name`, or that a packaged set has; and the network of --model or --init, if no recipe's."""
+    if name is not None:
+        run = RECIPES[name](path)
+        if given.get("model", run.model.model) != run.model.model:
+            what = f"--recipe {name} is for {run.model.model}, not {given['model']}"
+            raise InputError(f"{what}: take the recipe of that name, or leave out --recipe")
+        if given.keys() & {"train_px", "eval_px"}:  # one side follows the other, so they must be known
+            own = find_variant(run.model.model)
+            px = {"train_px": run.data.train_px or own.train_px, "eval_px": run.data.eval_px or own.eval_px}
+            run = with_options(run, px)
+        return run, None
+    base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None
     if model.init is not None:
         info = read_any(model.init, given.get("model"), model.overrides()).info
         if given.get("model", info.architecture) != info.architecture:
             raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
-        return Asked(info.architecture, info.train_px, info.eval_px, info.in_channels)
-    if "model" not in given:
-        return None
+        return base, Asked(info.architecture, info.train_px, info.eval_px, info.in_channels)
     own = find_variant(model.model)
-    return Asked(model.model, own.train_px, own.eval_px)
+    return base, Asked(model.model, own.train_px, own.eval_px) if "model" in given else None
 
 
-def network(run: RunConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
-    """The network of a run, its layers frozen as it says, on the CPU, and what is to be said of its weights."""
-    m, notes = run.model, ()
+def network(m: ModelConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
+    """The network, its layers frozen as `m` says, on the CPU, and what is to be said of its weights."""
+    notes = ()
     if m.init is None:
         model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
     else:
@@ -316,24 +302,24 @@ def network(run: RunConfig, class_names: Sequence[str]) -> tuple[Network, tuple[
 def image_mib(model: Network, run: RunConfig) -> float:
     """MiB that one more image keeps for the backward pass."""
     images = _noise(model, run, 3)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def kept(images: Tensor) -> int:
-        storages: dict[int, int] = {}
+    def kept(count: int) -> int:
+        sizes: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             autocast(images.device, run.precision),
         ):
-            outputs = model(images)  # which keep the tensors, so that no address comes twice
+            outputs = model(images[:count])  # which keep the tensors, so that no address comes twice
         del outputs
-        return sum(size for address, size in storages.items() if address not in parameters)
+        return sum(sizes.values())
 
-    return max(kept(images) - kept(images[:2]), 1) / 2**20
+    return max(kept(3) - kept(2), 1) / 2**20
 
 
 def images_per_second(model: Network, run: RunConfig, enough: float) -> float:
@@ -386,7 +372,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     if o.batch_size > len(train_set):
         raise InputError(f"--batch-size {o.batch_size} is more than the {len(train_set)} training images")
     torch.manual_seed(run.seed)
-    model, notes = network(run, train_set.class_names)
+    model, notes = network(run.model, train_set.class_names)
     assert model.info is not None
     info = replace(
         model.info,
