@@ -43,14 +43,18 @@ class Item:
     @property
     def fits(self) -> bool:
         """Whether the sweep takes it: float32 on the CPU, units in one piece of memory, the same order everywhere."""
-        tensors = [t for t in (self.p, self.g, self.m, self.e) if t is not None]
-        if not all(t.device.type == "cpu" and t.dtype == torch.float32 and not t.is_sparse for t in tensors):
-            return False
         p = self.p
-        same = all(t.shape == p.shape and t.stride() == p.stride() for t in tensors)
-        return not p.numel() or (
-            same and (p.is_contiguous() or p.permute(0, *sorted(range(1, p.ndim), key=p.stride)[::-1]).is_contiguous())
-        )
+        shape, stride = p.shape, () if p.is_sparse else p.stride()
+        for t in (p, self.g, self.m, self.e):  # a plain loop: this runs for each parameter in each step
+            if t is not None and (
+                t.device.type != "cpu"
+                or t.dtype != torch.float32
+                or t.is_sparse
+                or t.shape != shape
+                or (t.stride() != stride and t.numel())
+            ):
+                return False
+        return p.is_contiguous() or p.permute(0, *sorted(range(1, p.ndim), key=p.stride)[::-1]).is_contiguous()
 
 
 def sweep(items: Sequence[Item]) -> Tensor:
