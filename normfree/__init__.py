@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfree.analysis.signal import signal_propagation
+    from normfree.conversion.convert import convert_to_nf
     from normfree.models import create_model, list_models, load, save
-    from normfree.models.convert import convert_to_nf
 
 __all__ = ["convert_to_nf", "create_model", "list_models", "load", "save", "signal_propagation"]
 
 _HOMES = {
-    "convert_to_nf": "normfree.models.convert",
+    "convert_to_nf": "normfree.conversion.convert",
     "create_model": "normfree.models",
     "list_models": "normfree.models",
     "load": "normfree.models",

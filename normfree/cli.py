@@ -21,17 +21,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import (
-    MAX_WORKERS,
-    InputError,
-    RunConfig,
-    check_range,
-    check_writable,
-    load_config,
-    nearest,
-    options_of,
-    quoted,
-)
+from normfree.config import MAX_WORKERS, RunConfig, load_config, options_of
+from normfree.errors import InputError, check_range, nearest, quoted
+from normfree.files import check_writable
 
 HELP = """\
 usage: normfree VERB ...
@@ -68,7 +60,7 @@ class Train:
 
 def train(args: Sequence[str]) -> None:
     options: Train = parse(Train, "train", args)
-    from normfree.engine.distributed import keep_freed_memory
+    from normfree.engine.device import keep_freed_memory
     from normfree.tasks import classification
 
     keep_freed_memory()

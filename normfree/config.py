@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import json
 import os
-import re
-import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from normfree.errors import InputError, nearest, quoted
 
 Four = tuple[int, int, int, int]
 EvalCrop = Literal["center", "resize_crop", "crop_resize"]
@@ -28,78 +26,7 @@ Chosen = Annotated[T, arg(help_behavior_hint="(default: chosen)")]
 """An option that `normfree train` chooses where it is not given; its default is for Python."""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what was given, what is allowed, what to do."""
-
-
 MAX_PX, MAX_SEED, MAX_WORKERS = 4096, 2**32 - 1, 256
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'nfnet_f0'?"`, or nothing where no known word is close."""
-    folded = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(word.casefold(), list(folded), n=1)
-    return f"; did you mean {folded[close[0]]!r}?" if close else ""
-
-
-def quoted(path: str | os.PathLike[str]) -> str:
-    """A path as a word of a shell command that is printed to be pasted."""
-    word = os.fspath(path)
-    word = f"./{word}" if word.startswith("-") else word
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = re.sub(rb"[^ -~]|[\\']", lambda found: b"\\x%02x" % ord(found[0]), os.fsencode(word))
-    return f"$'{escaped.decode()}'"  # of bash and zsh, for line breaks and bytes that are no UTF-8
-
-
-def utf8(text: str) -> bytes:
-    """UTF-8 whatever the locale; bytes of file names that are not UTF-8 as Python escapes them: \\udc80 to \\udcff."""
-    with contextlib.suppress(UnicodeEncodeError):  # under other locales Python escapes all letters that are not ASCII
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    return text.encode("utf-8", "backslashreplace")
-
-
-def check_range(option: str, value: float | None, low: float, high: float) -> None:
-    """Raises InputError unless `value` is from `low` to `high`, both included, or None."""
-    if value is not None and not low <= value <= high:
-        raise InputError(f"--{option} {value}: {low} to {high}")
-
-
-def check_writable(
-    path: str | os.PathLike[str] | None,
-    option: str = "--out",
-    *,
-    endings: Sequence[str] = (),
-    replace: bool = False,
-    parents: bool = False,
-) -> None:
-    """Raises InputError, before the work, where its result could not be written to `path`, which `option` gave.
-
-    Its name must have one of `endings`. With `replace` a file may be there already; with `parents` folders on the way
-    may be missing, as they will be made. A file is made and removed at once: permissions, read-only file systems and
-    long names are for the system to judge. None is no path, and fine.
-    """
-    if path is None:
-        return
-    path = probe = os.fspath(path)
-    if endings and os.path.splitext(path)[1] not in endings:
-        raise InputError(f"{option} {path}: the name must end in {' or '.join(endings)}")
-    folder = os.path.dirname(path) or "."
-    while parents and not os.path.lexists(os.path.dirname(probe) or "."):
-        probe = os.path.dirname(probe)
-    try:
-        if not (replace and os.path.exists(path)) or os.path.isdir(path):
-            open(probe, "xb").close()
-            os.unlink(probe)
-        elif os.path.isfile(path):  # nothing is to be learnt from a pipe or a device, and a pipe could be closed by it
-            open(path, "ab").close()
-    except FileExistsError:
-        kind = "is a folder and " if os.path.isdir(path) else ""
-        raise InputError(f"{option} {path} {kind}exists; nothing was written") from None
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = f"there is no folder {folder}; create it first" if missing else (error.strerror or str(error)).lower()
-        raise InputError(f"{option} {path} cannot be written: {reason}") from None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from normfree import functional
-from normfree.config import InputError, nearest
+from normfree.errors import InputError, nearest
 
 Pair = tuple[int, int]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from golden import relative_error
 from torch import nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim import AGC, adaptive_clip_grad_, param_groups
 
 LAYERS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim import AGC, SGD_AGC, adaptive_clip_grad_, param_groups
 
 

@@ -20,8 +20,9 @@ from PIL import Image
 
 import normfree
 from normfree.cli import Train, main, option_names
-from normfree.config import InputError, RunConfig
+from normfree.config import RunConfig
 from normfree.engine.checkpoint import check_free
+from normfree.errors import InputError
 
 QUICK = (
     "--train-px 16 --eval-px 16 --epochs 2 --batch-size 8 --workers 0 --device cpu --width 16 32 32 32 --group-width 8"
@@ -542,13 +543,13 @@ def capsys_clear(capsys):
 
 def test_only_the_command_changes_how_the_process_keeps_memory(photos, tmp_path, monkeypatch):
     """It would hold for everything in the process of whoever calls functions of ours."""
-    from normfree.engine import distributed
+    from normfree.engine import device
     from normfree.tasks import classification
 
     calls = []
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: calls.append(1))
-    monkeypatch.setattr(classification, "keep_freed_memory", distributed.keep_freed_memory, raising=False)
-    monkeypatch.setattr("normfree.engine.loop.keep_freed_memory", distributed.keep_freed_memory, raising=False)
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(classification, "keep_freed_memory", device.keep_freed_memory, raising=False)
+    monkeypatch.setattr("normfree.engine.loop.keep_freed_memory", device.keep_freed_memory, raising=False)
     quick = [*QUICK.replace("--epochs 2", "--epochs 0.2 --warmup-epochs 0").split(), "--out", str(tmp_path / "run")]
     start = classification.start
     monkeypatch.setattr(classification, "start", lambda *args: (calls.append("start"), start(*args))[1])

@@ -14,7 +14,7 @@ from torchvision.models import regnet, resnet, video
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from normfree import convert_to_nf, create_model, save
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import BranchEnd, ChannelAffine, SkipInit, WSConv, WSConv1d, WSConv3d
 from normfree.optim import param_groups
 

@@ -27,7 +27,6 @@ import torchvision
 from PIL import Image
 
 from normfree.cli import main
-from normfree.config import InputError, check_writable
 from normfree.data import (
     ArrayImages,
     FolderImages,
@@ -43,6 +42,8 @@ from normfree.data import check as check_module
 from normfree.data.check import check, report_lines
 from normfree.data.named import DATASET_NAMES
 from normfree.data.tables import TableImages
+from normfree.errors import InputError
+from normfree.files import check_writable
 
 
 @pytest.fixture(autouse=True)

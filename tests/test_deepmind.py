@@ -14,7 +14,7 @@ from golden import build, load_golden, relative_error, to_images
 from test_models import small
 
 import normfree
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models import create_model
 from normfree.weights.deepmind import from_haiku, haiku_name, read_haiku, to_haiku
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models import create_model
 from normfree.optim import EMA, SGD_AGC
 

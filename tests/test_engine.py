@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from test_train import records, same_run, small_run
 
-from normfree.config import InputError
 from normfree.data.images import changed, inventory
 from normfree.data.sources import open_dataset
 from normfree.engine import checkpoint, loop
-from normfree.engine.checkpoint import save_checkpoint, working_in
+from normfree.engine.checkpoint import save_checkpoint
 from normfree.engine.log import RunLog
 from normfree.engine.loop import Diverged, Interrupted, train
+from normfree.errors import InputError
+from normfree.files import working_in
 from normfree.optim.sgd import SGD_AGC, sgd_step_
 from normfree.tasks import classification
 from normfree.tasks.classification import Classification, build, evaluation_command, resume, start
@@ -319,7 +320,7 @@ def test_a_checkpoint_that_fails_leaves_nothing_beside_the_last(tmp_path, monkey
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, tensors, {}, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -328,7 +329,7 @@ def test_a_checkpoint_that_fails_leaves_nothing_beside_the_last(tmp_path, monkey
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     events = []
     original = Path.rename
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: events.append(path.name))
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("renamed"), original(self, to))[1])
     save_checkpoint(tmp_path, 1, {"a": torch.zeros(3)}, {}, keep=1)
     before = events[: events.index("renamed")]
@@ -346,9 +347,9 @@ def test_folders_need_not_be_synced_where_the_system_cannot(tmp_path, monkeypatc
         return original(path, *args, **options)
 
     monkeypatch.setattr(os, "open", no_folders)
-    checkpoint._sync(tmp_path)
+    checkpoint.sync(tmp_path)
     with pytest.raises(FileNotFoundError):
-        checkpoint._sync(tmp_path / "missing")
+        checkpoint.sync(tmp_path / "missing")
 
 
 def test_a_checkpoint_holds_no_second_copy_on_the_device(tmp_path, monkeypatch):
@@ -371,11 +372,11 @@ def test_a_checkpoint_holds_no_second_copy_on_the_device(tmp_path, monkeypatch):
 
 
 def test_one_process_works_in_a_folder(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("normfree.files._LOCK_SECONDS", 0.2)
     run, folder = small_run(photos, epochs=1.5), tmp_path / "run"
     start(run, folder)
     code = (
-        "import time; from pathlib import Path; from normfree.engine.checkpoint import working_in\n"
+        "import time; from pathlib import Path; from normfree.files import working_in\n"
         f"with working_in(Path({str(folder)!r})): print('in', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

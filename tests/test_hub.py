@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.weights.hub import HubURI, is_hub_uri, parse_uri
 
 WEIGHTS = save({"head.weight": np.arange(3000, dtype=np.float32).reshape(30, 100)}, {"licence": "Apache-2.0"})

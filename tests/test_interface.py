@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import normfree
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import Activation, StochasticDepth
 from normfree.models import Network, create_model
 from normfree.optim import param_groups

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import ACTIVATIONS, Activation, StochasticDepth, WSConv2d, conv2d_same, same_padding
 
 

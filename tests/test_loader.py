@@ -20,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-from normfree.config import InputError
 from normfree.data import (
     ArrayImages,
     Batch,
@@ -38,6 +37,7 @@ from normfree.data import (
 )
 from normfree.data.images import _free_bytes
 from normfree.data.loader import WorkerDied, read_batches
+from normfree.errors import InputError
 
 NUM_IMAGES, BATCH_SIZE = 23, 5
 

@@ -12,9 +12,10 @@ import torch
 from test_train import records, small_run
 
 from normfree import cli
-from normfree.config import InputError, load_config, save_config
+from normfree.config import load_config, save_config
 from normfree.engine import loop
 from normfree.engine.evaluate import Accuracy, ClassScore, score_table
+from normfree.errors import InputError
 from normfree.models import load
 from normfree.tasks import classification
 from normfree.tasks.classification import Classification, evaluate_weights, resume, start

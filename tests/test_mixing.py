@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normfree.config import InputError, load_config, save_config, validate
+from normfree.config import load_config, save_config, validate
 from normfree.data import Batch, Mixing, sample_rng
 from normfree.data.mixing import cutmix, cutmix_box, mixup
+from normfree.errors import InputError
 from normfree.recipes.small import mnist5k
 from normfree.tasks.classification import build, smoothed_cross_entropy
 

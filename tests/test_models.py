@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 
 import normfree
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import StochasticDepth, WSConv2d
 from normfree.models import TABLE, Network, create_model, find_variant, list_models
 from normfree.optim import param_groups

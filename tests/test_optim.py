@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models import create_model
 from normfree.optim import AGC, EMA, SGD_AGC, adaptive_clip_grad_, param_groups, unitwise_norm, warmup_cosine
 from normfree.optim.agc import adaptive_clip_reference_

@@ -17,9 +17,10 @@ from conftest import draw
 
 import normfree
 from normfree.cli import main
-from normfree.config import InputError, quoted, utf8
 from normfree.deploy import predict as module
 from normfree.deploy.predict import predict
+from normfree.errors import InputError, quoted
+from normfree.files import utf8
 
 NAMES = ("cat", 'dog, "wild"', "eel\n\t=1")
 

@@ -14,9 +14,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from normfree.config import AugmentStyle, InputError
+from normfree.config import AugmentStyle
 from normfree.data import RandAugment, randaugment, sample_rng
 from normfree.data.randaugment import APPLY, OPERATIONS, cutout, strengths
+from normfree.errors import InputError
 
 with np.load(Path(__file__).parent / "golden" / "augment_ops.npz") as file:
     GOLDEN = {key: file[key] for key in file.files}

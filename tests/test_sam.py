@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim import AGC, SAM, SGD_AGC, adaptive_clip_grad_, ascent_size
 
 X = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))

@@ -25,7 +25,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from normfree.config import InputError
 from normfree.data import TrainTransform, UnreadableImage, eval_batches, open_dataset, open_evaluation, train_batches
 from normfree.data import pack as pack_module
 from normfree.data import remote as remote_module
@@ -34,6 +33,7 @@ from normfree.data.loader import EvalFunction
 from normfree.data.pack import pack
 from normfree.data.shards import Index, ShardImages, expand_braces, find_shards, scan, split_files
 from normfree.data.transforms import EvalTransform, sample_rng
+from normfree.errors import InputError
 
 SHARD_MB = 0.02
 

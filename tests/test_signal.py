@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import normfree
 from normfree.analysis.signal import format_signals, plot_signal, set_skip_gains
 from normfree.cli import main
-from normfree.config import InputError
-from normfree.models.trace import BlockSignal, trace_signal
+from normfree.conversion.trace import BlockSignal, trace_signal
+from normfree.errors import InputError
 
 timm = pytest.importorskip("timm", reason="timm is the reference of these tests: pip install timm")
 

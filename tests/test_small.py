@@ -13,7 +13,6 @@ from PIL import Image
 from normfree.cli import main
 from normfree.config import (
     DataConfig,
-    InputError,
     MachineConfig,
     ModelConfig,
     OptimConfig,
@@ -24,6 +23,7 @@ from normfree.config import (
     with_options,
 )
 from normfree.engine.evaluate import Accuracy
+from normfree.errors import InputError
 from normfree.models import find_variant, list_models
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Asked, Images, Machine, choose

@@ -30,7 +30,6 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngInfo
 
-from normfree.config import InputError
 from normfree.data import (
     ArrayImages,
     FolderImages,
@@ -52,6 +51,7 @@ from normfree.data.check import check
 from normfree.data.images import hold_out, open_image, read_size
 from normfree.data.pack import pack
 from normfree.data.shards import named_parts, split_files
+from normfree.errors import InputError
 
 COLOUR = (200, 100, 40)
 LUMA = 0.299 * 200 + 0.587 * 100 + 0.114 * 40

@@ -13,49 +13,86 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "normfree"
-# From top to bottom; a module imports from its own row or from rows below. `recipes` may import `config` alone.
+# From top to bottom. A module imports from its own row or from rows below.
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"tasks", "deploy", "analysis", "recipes"},
+    {"deploy", "analysis"},
+    {"tasks", "conversion"},
+    {"recipes"},
     {"engine"},
-    {"models", "data", "optim"},
-    {"weights", "layers", "functional"},
-    {"config", "native"},
+    {"models"},
+    {"weights", "data", "optim", "layers"},
+    {"functional"},
+    {"native", "config"},
+    {"errors", "files"},
 ]
-ALONE = {"optim": "models", "weights": "models", "data": "models", "models": "optim"}  # side by side, yet strangers
-
-
-def imported(path: Path) -> set[str]:
-    """First parts of the normfree modules that a file imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("normfree.")}
-    return found
-
-
-def part(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
+ROW = {name: i for i, names in enumerate(ROWS) for name in names}
+FORBIDDEN = {("optim", "layers"), ("weights", "layers")}  # the same row: optimizers and files know tensors alone
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def dotted(path: Path) -> str:
+    """A file's name as a module, without "normfree."."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of normfree that a file imports, inside functions too."""
+    found = set()
+    package = path.relative_to(PACKAGE.parent).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            names = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            name = name.removeprefix("normfree.") if name.startswith("normfree.") else ""
+            name = name if name in MODULES else name.rpartition(".")[0]  # a class or function in it
+            found |= {name} if name in MODULES else set()
+    return found - {dotted(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_imports_go_down(path):
-    row = {name: i for i, names in enumerate(ROWS) for name in names}
-    here = part(path)
-    assert here in row, f"{here} is in no row"
-    for name in imported(path):
-        assert row[name] >= row[here], f"{path.name} imports {name}, which is above it"
-        assert ALONE.get(here) != name, f"{here} must not know {name}"
+    here = dotted(path).split(".")[0]
+    assert here in ROW, f"{here} is in no row"
+    others = {name.split(".")[0] for name in imported(path)}
+    for name in others:
+        assert ROW[name] >= ROW[here], f"{path.name} imports {name}, which is above it"
+        assert (here, name) not in FORBIDDEN, f"{here} must not know {name}"
     if here == "recipes":
-        assert imported(path) <= {"config", "recipes"}
+        assert others <= {"config", "errors", "recipes"}
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    graph = {name: imported(path) for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
+    package = tmp_path / "normfree"
+    (package / "optim").mkdir(parents=True)
+    text = "from . import sam\nfrom .sam import SAM\nfrom ..errors import InputError\nimport normfree.files\n"
+    (package / "optim" / "sgd.py").write_text(text)
+    monkeypatch.setattr("test_structure.PACKAGE", package)
+    assert imported(package / "optim" / "sgd.py") == {"optim.sam", "errors", "files"}
 
 
 ROOT = PACKAGE.parent

@@ -14,7 +14,6 @@ import torch
 
 from normfree.config import (
     DataConfig,
-    InputError,
     MachineConfig,
     ModelConfig,
     OptimConfig,
@@ -25,6 +24,7 @@ from normfree.config import (
 )
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.loop import Diverged, eval_steps
+from normfree.errors import InputError
 from normfree.models import create_model, load, save
 from normfree.tasks.classification import evaluate_weights, resume, start
 

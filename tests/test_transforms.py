@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from normfree.config import InputError
 from normfree.data import EvalTransform, TrainTransform, normalize, sample_rng
+from normfree.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

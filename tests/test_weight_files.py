@@ -30,8 +30,8 @@ from torch.serialization import MAGIC_NUMBER
 
 import normfree
 from normfree.cli import main
-from normfree.config import InputError
 from normfree.deploy.predict import predict
+from normfree.errors import InputError
 from normfree.layers import WSConv2d
 from normfree.models import convert_weights, create_model, from_weights
 from normfree.models.network import Network

@@ -13,7 +13,7 @@ from torch import nn
 
 import normfree
 from normfree.cli import main
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models import convert_weights, create_model
 from normfree.models.table import defaults
 from normfree.weights import timm as names

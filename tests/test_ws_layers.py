@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree import functional
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import (
     REUSED,
     Activation,

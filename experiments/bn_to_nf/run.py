@@ -24,9 +24,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from normfree.conversion.convert import convert_to_nf
 from normfree.data import Batch, EvalTransform, ImageSet, TrainTransform, eval_batches, open_dataset, train_batches
 from normfree.engine.evaluate import prepare
-from normfree.models.convert import convert_to_nf
 from normfree.optim import SGD_AGC, param_groups, warmup_cosine
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.config import MAX_PX, MAX_SEED, InputError, check_range, check_writable, nearest
+from normfree.config import MAX_PX, MAX_SEED
+from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.data import FolderImages, find_images, open_dataset
 from normfree.data.transforms import normalize, sample_rng
-from normfree.engine.distributed import pick_device
+from normfree.engine.device import pick_device
 from normfree.engine.evaluate import batches_for
+from normfree.errors import InputError, check_range, nearest
+from normfree.files import check_writable
 from normfree.models import Network, create_model, list_models, load
-from normfree.models.trace import BlockSignal, trace_signal
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 
 PLOT_SUFFIXES = (".pdf", ".png", ".svg")
@@ -68,8 +70,8 @@ def signal_propagation(
 ) -> SignalTable:
     """Squared mean, variance and branch variance of the activations after the stem and every residual block.
 
-    Finds the blocks of any residual network, ours or not (`normfree.models.trace`). Measuring changes nothing: modes,
-    running statistics and random state are restored.
+    Finds the blocks of any residual network, ours or not (`normfree.conversion.trace`). Measuring changes nothing:
+    modes, running statistics and random state are restored.
 
     Args:
         x: images (N, C, H, W) as the model takes them; None: `batch` images of noise N(0, 1) drawn from `seed`, of `px`

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from normfree.config import InputError, nearest
+from normfree.errors import InputError, nearest
 from normfree.models import create_model, find_variant, list_models
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from normfree.config import InputError
+from normfree.errors import InputError
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO
 

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normfree.config import InputError
 from normfree.data.images import ImageSet, UnreadableImage
 from normfree.data.mixing import Mixing
 from normfree.data.randaugment import RandAugment
 from normfree.data.transforms import sample_rng, to_tensor
+from normfree.errors import InputError
 from normfree.native import library
 
 TrainFunction = Callable[[Image.Image, np.random.Generator], Tensor]

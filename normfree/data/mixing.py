@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.config import InputError, MixPairs
+from normfree.config import MixPairs
+from normfree.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from normfree.config import InputError
 from normfree.data.images import ArrayImages, FolderImages, ImageSet, Parts, lot
 from normfree.data.remote import data_folder
+from normfree.errors import InputError, one_line
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
@@ -77,7 +77,7 @@ def find_named(name: str) -> Parts | Path:
                     _unpack_fashion_mnist(unfinished / "FashionMNIST" / "raw")
                 _parts(name, unfinished, download=True)
             except Exception as error:  # of torchvision, of the network, of archives
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)
                 remedy = f"check the network, or put its images into {own}/train/CLASS and {own}/test/CLASS"
                 raise InputError(f"{name} is not here and could not be downloaded ({reason}): {remedy}") from None
             unfinished.rename(own)

@@ -16,12 +16,13 @@ from typing import Any
 
 from PIL import Image
 
-from normfree.config import InputError, check_writable
 from normfree.data.images import ImageSet, UnreadableImage, image_suffixes, lot, open_image, read_image
 from normfree.data.loader import read_batches
 from normfree.data.remote import short_hash
 from normfree.data.shards import Index, index_file, scan
 from normfree.data.sources import open_dataset
+from normfree.errors import InputError
+from normfree.files import check_writable, replacing
 
 Show = Callable[[int, int], None]  # of (done, total)
 Job = Callable[[ImageSet, int], Any]  # of an image
@@ -112,15 +113,11 @@ def _pack_part(
 
 
 def _write_shard(path: str, entries: Sequence[tuple[str, bytes]], class_names: Sequence[str]) -> None:
-    unfinished = f"{path}.partial"
-    with open(unfinished, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, content in entries:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in entries:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     scan(path, class_names).save(Path(index_file(path)))
 
 

@@ -15,7 +15,8 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from normfree.config import AugmentStyle, InputError
+from normfree.config import AugmentStyle
+from normfree.errors import InputError
 
 OPERATIONS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast"),

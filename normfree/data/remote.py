@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from normfree.config import InputError
+from normfree.errors import InputError, one_line
 
 _RETRY_SECONDS = (1, 2, 4, 8)
 
@@ -84,7 +84,7 @@ def plain_errors(address: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each store has types of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         remedy = "install it" if isinstance(error, ImportError) else "check its name, the network and permissions"
         raise InputError(f"cannot read {address} ({reason}): {remedy}") from None
 

@@ -22,9 +22,9 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from normfree.config import InputError
 from normfree.data.images import ImageSet, Parts, UnreadableImage, image_suffixes
 from normfree.data.remote import data_folder, is_remote, match, open_file, short_hash
+from normfree.errors import InputError
 
 _ROLES = {"train": "train training", "validation": "validation val valid dev eval evaluation", "test": "test testing"}
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from normfree.config import InputError, nearest
 from normfree.data.images import (
     HEIF_SUFFIXES,
     FolderImages,
@@ -30,6 +29,7 @@ from normfree.data.named import DATASET_NAMES, find_named
 from normfree.data.remote import is_remote
 from normfree.data.shards import check_roles, find_shards, named_parts, role_of, shard_parts
 from normfree.data.tables import LIST_SUFFIXES, is_label_list, list_parts, table_parts
+from normfree.errors import InputError, nearest
 
 _UNEVEN = 10  # largest class over smallest from which on it is said
 _JUNK = {"__macosx", "@eadir", "lost+found", "__pycache__", "$recycle.bin", "system volume information"}

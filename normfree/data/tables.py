@@ -15,10 +15,10 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from normfree.config import InputError
 from normfree.data.images import FolderImages, ImageSet, Parts, UnreadableImage
 from normfree.data.remote import plain_errors
 from normfree.data.shards import named_parts, role_of, split_files
+from normfree.errors import InputError
 
 LIST_SUFFIXES = (".csv", ".tsv")
 

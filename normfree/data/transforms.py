@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normfree.config import CropStyle, InputError
+from normfree.config import CropStyle
+from normfree.errors import InputError
 from normfree.native import library
 
 _CROP_PADDING_PX = 32  # of both of the authors' evaluation crops

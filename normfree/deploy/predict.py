@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from normfree.config import MAX_WORKERS, InputError, check_range, check_writable, utf8
+from normfree.config import MAX_WORKERS
 from normfree.data import FolderImages, find_images
 from normfree.data.remote import short_hash
-from normfree.engine.checkpoint import sha256
-from normfree.engine.distributed import pick_device
+from normfree.engine.device import pick_device
 from normfree.engine.evaluate import batches_for, prepare
 from normfree.engine.log import progress
 from normfree.engine.loop import Interrupted, Signals
+from normfree.errors import InputError, check_range
+from normfree.files import check_writable, replacing, sha256, utf8
 from normfree.models import load
 
 BATCH = 32
@@ -187,9 +188,8 @@ class _Table:
 
     def _save(self, size: int) -> None:
         state = {"key": self.key, "done": self.done, "unreadable": self.unreadable, "bytes": size}
-        unfinished = self.state.with_suffix(".new")
-        unfinished.write_text(json.dumps(state))
-        unfinished.replace(self.state)
+        with replacing(self.state, durable=False) as unfinished:
+            unfinished.write_text(json.dumps(state))
 
     def finish(self) -> None:
         with self.path.open("rb") as file:

@@ -8,7 +8,6 @@ and renamed when it is whole.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,13 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from normfree.config import InputError, quoted
+from normfree.errors import InputError, one_line, quoted
+from normfree.files import sha256, sync
 
 MANIFEST = "manifest.json"
-_LOCK_SECONDS = 8  # in which the data workers of a process that was killed end, and let go
 
 
 class DamagedCheckpoint(Exception):
@@ -50,7 +48,7 @@ def save_checkpoint(
         manifest = {"format": 1, "step": step, "names": names, "files": files, "extra": dict(extra)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except BaseException as error:
@@ -58,7 +56,7 @@ def save_checkpoint(
         if isinstance(error, OSError):  # of a file that was being written it does not say which
             raise OSError(error.errno, error.strerror or str(error), str(final)) from None
         raise
-    _sync(folder)
+    sync(folder)
     for old in _all_steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -75,7 +73,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
             dcp.save(packed, storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
     except dcp.CheckpointException as error:
         reason = next(reason for reason, _ in error.failures.values())
-        raise reason if isinstance(reason, OSError) else OSError(" ".join(str(reason).split())[:300]) from None
+        raise reason if isinstance(reason, OSError) else OSError(one_line(reason, 300)) from None
     return sorted(packed)
 
 
@@ -96,7 +94,7 @@ def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
         with _quiet():
             dcp.load(packed, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     except Exception as error:  # whatever torch's reader makes of bytes that pass their checksum
-        raise DamagedCheckpoint(" ".join(str(error).split())[:200]) from None
+        raise DamagedCheckpoint(one_line(error)) from None
     for name, tensor in into.items():
         tensor.detach().copy_(packed[name])
     return manifest
@@ -151,16 +149,6 @@ def new_run_folder(path: Path) -> None:
         raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """The folder of a run is this process's until the context is left; InputError while it is another's."""
-    try:
-        with FileLock(folder / ".lock", timeout=_LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise InputError(f"another process is working in {folder}: wait for it, or stop it") from None
-
-
 def numbered_run_folder(stem: Path) -> Path:
     """Creates STEM-N with the smallest N that is free; of two processes at once each gets its own."""
     number = 1
@@ -178,21 +166,6 @@ def numbered_run_folder(stem: Path) -> Path:
 
 def _all_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk; folders, where the system can."""
-    with contextlib.suppress(*[OSError] if path.is_dir() else []):  # Windows opens none, some file systems sync none
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.config import utf8
 from normfree.data import Batch, EvalTransform, ImageSet, eval_batches, normalize
+from normfree.files import utf8
 from normfree.layers import reuse_weights
 from normfree.weights import ModelInfo
 

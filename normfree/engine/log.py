@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from normfree.config import InputError
+from normfree.errors import InputError
+from normfree.files import replacing
 from normfree.native import library, status
-from normfree.weights.file import package_version, replacing
+from normfree.weights.file import package_version
 
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError, MachineConfig, quoted
+from normfree.config import MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.log import ProgressBar, RunLog, environment
+from normfree.errors import InputError, quoted
 from normfree.layers import reuse_weights
 from normfree.optim import EMA, SAM, SGD_AGC, AGCStats, ascent_size
 from normfree.optim.agc import local

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError, check_writable
+from normfree.errors import InputError
+from normfree.files import check_writable
 from normfree.layers import Activation
 from normfree.models.network import Network
 from normfree.models.table import TABLE, build, defaults

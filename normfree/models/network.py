@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree import functional
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.layers import REUSED, Activation, Linear, WSConv2d, same_padding
 from normfree.weights import ModelInfo
 

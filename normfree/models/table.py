@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from normfree.config import InputError, nearest
+from normfree.errors import InputError, nearest
 from normfree.models import bn_resnet, nf_regnet, nf_resnet, nfnet
 from normfree.models.network import Network
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.native import library
 from normfree.optim.groups import (
     CLIPPING_KEYS,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim.agc import is_sharded, local, wide
 
 

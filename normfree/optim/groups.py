@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from normfree.config import InputError
+from normfree.errors import InputError
 
 Units = Literal["channel", "tensor"]
 CLIPPING_KEYS = ("clipping", "clip_eps", "units", "transposed")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim.agc import is_sharded, local, wide
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from normfree.config import InputError
+from normfree.errors import InputError
 
 
 def warmup_cosine(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.optim.agc import AGCStats, Piece, clip_pieces_, local, piece_of
 from normfree.optim.ema import EMA, blend_
 from normfree.optim.groups import CLIPPING_KEYS, Default, as_groups, check_given, clipping_of, keep_missing, plain

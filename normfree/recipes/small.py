@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from normfree.config import DataConfig, InputError, ModelConfig, OptimConfig, RunConfig, options_of, spell, with_options
+from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig, options_of, spell, with_options
+from normfree.errors import InputError
 
 MINUTES = (30, 10)  # that runs on images in colour, and on grey ones, are to take on a CPU
 LEAST_EPOCHS = 3

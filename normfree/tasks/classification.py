@@ -26,16 +26,11 @@ from normfree.config import (
     MAX_SEED,
     MAX_WORKERS,
     DataConfig,
-    InputError,
     ModelConfig,
     OptimConfig,
     RunConfig,
-    check_range,
-    check_writable,
     load_config,
-    nearest,
     options_of,
-    quoted,
     save_config,
     spell,
     validate,
@@ -61,8 +56,8 @@ from normfree.data import (
     open_evaluation,
     train_batches,
 )
-from normfree.engine.checkpoint import check_free, new_run_folder, numbered_run_folder, working_in
-from normfree.engine.distributed import memory_gib, pick_device
+from normfree.engine.checkpoint import check_free, new_run_folder, numbered_run_folder
+from normfree.engine.device import memory_gib, pick_device
 from normfree.engine.evaluate import (
     Accuracy,
     ClassScore,
@@ -76,6 +71,8 @@ from normfree.engine.evaluate import (
 )
 from normfree.engine.log import duration, progress, wandb_init
 from normfree.engine.loop import Outcome, Plan, eval_steps, train
+from normfree.errors import InputError, check_range, nearest, quoted
+from normfree.files import check_writable, replacing, working_in
 from normfree.models import Network, create_model, find_variant, from_weights, load, save
 from normfree.models.files import read_any
 from normfree.native import library
@@ -83,7 +80,7 @@ from normfree.optim import EMA, SGD_AGC, param_groups, warmup_cosine
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
 from normfree.weights import ModelInfo
-from normfree.weights.file import package_version, replacing
+from normfree.weights.file import package_version
 
 EVAL_BATCH = 64
 DATA = "data.json"  # of a run folder: which images it was begun with

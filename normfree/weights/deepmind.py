@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.config import InputError
-from normfree.weights.file import Report, replacing
+from normfree.errors import InputError, one_line
+from normfree.files import replacing
+from normfree.weights.file import Report
 from normfree.weights.pickles import Placeholder, Refused, Unpickler
 
 Tree = dict[str, dict[str, np.ndarray]]
@@ -112,7 +113,7 @@ def read_haiku(path: str | os.PathLike) -> Tree:
     except Refused as error:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly every type
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise InputError(f"{path} is damaged or no haiku weight file ({type(error).__name__}: {reason})") from None
     if not leaves or not isinstance(content, Mapping | tuple | list):
         raise InputError(f"{path} is no haiku weight file: modules with named arrays are expected")

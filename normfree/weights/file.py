@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import stat
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from normfree.config import EvalCrop, InputError
+from normfree.config import EvalCrop
+from normfree.errors import InputError, one_line
+from normfree.files import replacing
 from normfree.weights.pickles import OLD_TORCH
 
 KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
-# what keeps a disk from taking more; everything else that keeps a file from being written is about its name or place
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -128,38 +124,6 @@ class Report:
         return not (self.missing or self.unexpected or self.reshaped)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, so that a reader never sees half a file.
-
-    The file gets the mode that `open` would give it. Where `path` is a symbolic link, what it points to is replaced.
-    InputError, or for a full or failing disk OSError, in one line, with everything on the disk as it was.
-    """
-    final = Path(os.path.realpath(path))
-    temporary = final.with_name(f".{final.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        if final.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes a file of its own, for its owner alone
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(final)
-    except (OSError, SafetensorError) as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        reason = os.strerror(number) if number is not None else " ".join(str(error).split())
-        if number in _DISK:
-            raise OSError(number, reason, str(path)) from None
-        raise InputError(f"cannot write {path}: {reason}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: ModelInfo) -> None:
     """A file of ours: all of it or, on an error, none. InputError for a header that could not be read again."""
     try:
@@ -171,8 +135,17 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: Mo
         raise InputError(f"cannot write {path}: the network is on the device meta, where tensors hold no numbers")
     # copies share no memory, which safetensors refuses
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file: all of it or, on an error, none. Errors are those of `replacing`."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(*([int(code[1]), ""] if code else [one_line(error)])) from None
 
 
 def file_kind(path: str | os.PathLike) -> Literal["normfree", "safetensors", "torch", "haiku"]:
@@ -203,7 +176,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]
             # copies are aligned as torch's own memory is; sums over tensors that are not differ in the last bit
             state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{path} is damaged or no safetensors file ({reason})") from None
     try:
         return state, ModelInfo.from_metadata(metadata)

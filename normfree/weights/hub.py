@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from normfree.config import InputError
+from normfree.errors import InputError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _NAME = r"\w(?:[\w.-]*\w)?"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normfree.config import InputError
+from normfree.errors import InputError, one_line
 from normfree.weights.file import file_kind, some
 from normfree.weights.pickles import Placeholder, Refused, load_torch
 
@@ -57,7 +57,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     except Refused as error:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle or archive can raise nearly every type
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = one_line(error, 120)
         raise InputError(f"{path} is damaged or no weight file ({reason})") from None
     notes = [f"the weights are its {place!r}"] if place else []
     notes += [f"left out: {some(left)}"] if left else []

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from normfree.config import InputError
-from normfree.weights.file import Report, replacing
+from normfree.errors import InputError
+from normfree.files import replacing
+from normfree.weights.file import Report, write_tensors
 
 _EPS = {"ws_eps": 1e-5}
 _DM = _EPS | {"activation": "gelu_erf"}
@@ -179,13 +179,13 @@ def to_timm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def write_timm(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
     """A state dict as .safetensors, or with any other ending as torch.save writes it."""
+    if Path(path).suffix == ".safetensors":
+        write_tensors(path, state, {"format": "pt"})
+        return
+    content = io.BytesIO()  # torch names no cause where it cannot write
+    torch.save(state, content)
     with replacing(path) as temporary:
-        if Path(path).suffix == ".safetensors":
-            save_file(state, temporary, {"format": "pt"})
-        else:
-            content = io.BytesIO()  # torch names no cause where it cannot write
-            torch.save(state, content)
-            temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(content.getbuffer())
 
 
 def _deviation(weight: Tensor, eps: float | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 from normfree import functional
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models.bn_resnet import SameConv2d
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)

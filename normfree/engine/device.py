@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from normfree.config import InputError, nearest
+from normfree.errors import InputError, nearest
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfree import functional
-from normfree.config import InputError
+from normfree.conversion.graph import BATCH_NORMS, Branch, ConvSite, Graph
+from normfree.conversion.trace import BlockSignal, trace_signal
+from normfree.errors import InputError
 from normfree.layers import (
     BranchEnd,
     BranchEndConv1d,
@@ -29,9 +31,7 @@ from normfree.layers import (
     WSConv3d,
 )
 from normfree.models.bn_resnet import SameConv2d
-from normfree.models.graph import BATCH_NORMS, Branch, ConvSite, Graph
 from normfree.models.network import Network
-from normfree.models.trace import BlockSignal, trace_signal
 
 # plain convolution -> the standardized one, and that for the end of a branch
 KINDS: dict[type[nn.Module], tuple[type[WSConv], type[WSConv]]] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.config import InputError
+from normfree.errors import InputError
 from normfree.models.network import Block
 
 SUMS = {"add", "add_", "addcmul", "addcmul_"}  # as torch calls +, += and the functions
