@@ -189,7 +189,7 @@ def convert(
         format: None: by the ending of OUT: .npz deepmind; .pth, .pt, .bin timm; else normfree.
         model: Our name of the network, where IN does not tell.
     """
-    from normfree.models import convert_weights
+    from normfree.deploy.convert import convert_weights
 
     done = convert_weights(source, out, format, model)
     print(f"{source}: {done.info.architecture}, {done.info.num_classes} classes")

@@ -30,14 +30,16 @@ from torch.serialization import MAGIC_NUMBER
 
 import normfree
 from normfree.cli import main
+from normfree.deploy.convert import convert_weights
 from normfree.deploy.predict import predict
 from normfree.errors import InputError
 from normfree.layers import WSConv2d
-from normfree.models import convert_weights, create_model, from_weights
+from normfree.models import create_model, from_weights, table
 from normfree.models.network import Network
 from normfree.weights import read_weights
+from normfree.weights.deepmind import to_haiku, write_haiku
 from normfree.weights.pickles import OLD_TORCH
-from normfree.weights.timm import write_timm
+from normfree.weights.timm import ARCHITECTURES, to_timm, write_timm
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32).sin()
 
@@ -81,6 +83,7 @@ def with_one_tensor_twice(model):
     block.conv1b.weight = block.conv1.weight
 
 
+OPTIONS = {"timm": ARCHITECTURES["nf_resnet26"][1], "haiku": {}}
 CHANGES = {
     "classes": lambda model: model.reset_classifier(3),
     "as many classes": lambda model: model.reset_classifier(5),
@@ -237,7 +240,7 @@ def test_a_state_dict_alone_is_recognised(tmp_path, capsys):
     save_file(state, tmp_path / "x.safetensors")
     capsys.readouterr()
     again = normfree.load(tmp_path / "x.safetensors")
-    assert "x.safetensors names no options: those of nfnet_nano are taken, as they are" in capsys.readouterr().err
+    assert "x.safetensors records no options; assuming those of nfnet_nano: the defaults" in capsys.readouterr().err
     assert torch.equal(logits(again), logits(model))
     assert again.info is not None
     assert again.info.source == "state dict x.safetensors"
@@ -440,6 +443,33 @@ def test_half_precision_files_start_a_run_in_float32(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
     (row,) = predict(str(tmp_path / "x.safetensors"), [str(tmp_path / "x.png")], device="cpu")
     assert len(row.top) == 1
+
+
+@pytest.mark.parametrize("kind", ["ours", "state dict", "timm", "haiku"])
+def test_loading_builds_no_network_twice(kind, tmp_path, monkeypatch):
+    """The network that identified the file is filled; others of the same depth are built once, to be told apart."""
+    path = tmp_path / "x"
+    model = nano() if kind in ("ours", "state dict") else create_model("nf_resnet26", 5, **OPTIONS[kind])
+    state = model.state_dict()
+    if kind == "ours":
+        normfree.save(model, path)
+    elif kind == "haiku":
+        write_haiku(path, to_haiku(state, "nf_resnet"))
+    else:
+        torch.save(state if kind == "state dict" else to_timm(state, "nf_resnet26"), path)
+    built = []
+
+    def build(*arguments):
+        built.append(table.build(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr("normfree.models.files.build", build)
+    again = normfree.load(path)
+    assert any(network is again for network in built)
+    names = [network.info.architecture for network in built]
+    assert sorted(names) == sorted(set(names))
+    assert len(built) == 1 or kind == "state dict"
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 
 
 # --- the disk ---

@@ -13,8 +13,9 @@ from torch import nn
 
 import normfree
 from normfree.cli import main
+from normfree.deploy.convert import convert_weights
 from normfree.errors import InputError
-from normfree.models import convert_weights, create_model
+from normfree.models import create_model
 from normfree.models.table import defaults
 from normfree.weights import timm as names
 from normfree.weights.deepmind import read_haiku
@@ -345,10 +346,10 @@ def test_conversions_that_would_change_the_function_are_refused(tmp_path):
             convert_weights(str(path), str(tmp_path / target))
         assert not (tmp_path / target).exists()
 
-    refused("nf_resnet26", "x.pth", "timm has no network with what this nf_resnet26 computes: .*pool_shortcut")
+    refused("nf_resnet26", "x.pth", "timm has no network that computes the same as this nf_resnet26: .*pool_shortcut")
     refused("nfnet_nano", "x.pth", "timm has no counterpart of nfnet_nano")
     refused("bn_resnet50", "x.npz", "the released code has no bn_resnet50")
-    refused("nf_resnet26", "x.npz", "no network with what this nf_resnet26 computes: padding", padding="symmetric")
+    refused("nf_resnet26", "x.npz", "no network that computes the same: padding", padding="symmetric")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_conversions_that_would_change_the_function_are_refused(tmp_path):
     [
         (["nowhere.pth", "out.pth"], "no weight file 'nowhere.pth'"),
         (["{file}", "out.pth", "--format", "onnx"], "onnx"),
-        (["{file}", "hf://owner/name", "--format", "timm"], "the Hub gets files in our own format"),
+        (["{file}", "hf://owner/name", "--format", "timm"], "only our own format can be pushed to the Hub"),
         (["{file}"], "OUT"),
     ],
 )

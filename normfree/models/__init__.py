@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from normfree.models.files import convert_weights, from_weights, load, save
+from normfree.models.files import from_weights, load, save
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.nfnet import NFNet
 from normfree.models.table import TABLE, build, find_variant, list_models, our_words
@@ -15,7 +15,6 @@ __all__ = [
     "FeatureInfo",
     "NFNet",
     "Network",
-    "convert_weights",
     "create_model",
     "find_variant",
     "from_weights",

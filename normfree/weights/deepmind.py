@@ -11,6 +11,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from normfree.errors import InputError, one_line
 from normfree.files import replacing
-from normfree.weights.file import Report
+from normfree.weights.file import Report, Weights, Zoo
 from normfree.weights.pickles import Placeholder, Refused, Unpickler
 
 Tree = dict[str, dict[str, np.ndarray]]
@@ -151,6 +152,24 @@ def write_haiku(path: str | os.PathLike, tree: Tree) -> None:
     """A file that the released code reads, and `read_haiku`."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         pickle.dump(tree, file, protocol=4)
+
+
+def read_deepmind(path: Path, zoo: Zoo, name: str | None, overrides: Mapping[str, Any]) -> Weights:
+    """A haiku file in our terms. Names, shapes and the number of blocks identify the network if `name` is None."""
+    tree = read_haiku(path)
+    family, num_blocks, num_classes, in_channels = describe(tree, path)
+    if name is not None and not name.startswith(family):
+        raise InputError(f"{path} is a haiku weight file of {FAMILIES[family][0]}, not of {name}")
+    same_size = [each for each, depth in zoo.depths.items() if each.startswith(family) and sum(depth) == num_blocks]
+    report = None
+    for candidate in [name] if name else same_size:
+        network = zoo.outline(candidate, num_classes, in_channels, overrides)
+        state, report = from_haiku(tree, network.state_dict(), family)
+        if report.complete:
+            crop = "resize_crop" if family == "nfnet" else "crop_resize"
+            info = replace(network.info, source=f"DeepMind's {path.name}", eval_crop=crop)
+            return Weights(state, info, report, network=network)
+    raise InputError(f"{path} does not fit {name}: {report}" if name else f"{path} fits no network here: name one")
 
 
 def describe(tree: Tree, path: str | os.PathLike) -> tuple[str, int, int, int]:

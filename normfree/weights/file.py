@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,8 @@ from normfree.weights.pickles import OLD_TORCH
 KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# options that change neither the weights nor their shapes: they act in training, or take layers away at the end
+NON_WEIGHT_OPTIONS = {"drop_rate", "stochastic_depth", "skip_init", "global_pool", "features_only", "out_indices"}
 
 
 def package_version(package: str = "normfree") -> str:
@@ -95,8 +97,13 @@ class ModelInfo:
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of `names`, in a row."""
+    """The first `most` names as a list for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def spelled(options: Mapping[str, Any]) -> str:
+    """Options as a list for a message."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 @dataclass
@@ -120,8 +127,43 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor found its place."""
+        """Whether all names and shapes agree."""
         return not (self.missing or self.unexpected or self.reshaped)
+
+
+def difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Names the first tensor whose name or shape differs between two state dicts and counts the others; "" for none."""
+    wrong = sorted(expected.keys() ^ state.keys()) or [
+        key for key in expected if expected[key].shape != state[key].shape
+    ]
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"tensor {wrong[0]!r}{more} differs" if wrong else ""
+
+
+class Zoo(NamedTuple):
+    """What readers need to know about the networks that files may be for.
+
+    `depths`: architecture -> blocks in each stage. `outline`: the network with the given architecture, number of
+    classes, input channels and options, on the meta device, with its `info`.
+    """
+
+    depths: Mapping[str, tuple[int, ...]]
+    outline: Callable[[str, int, int, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a weight file of any kind, under our names.
+
+    A file that is not ours has a `report`, and the `network` on the meta device whose names and shapes `state` has.
+    `notes` are lines for the user.
+    """
+
+    state: dict[str, Tensor]
+    info: ModelInfo
+    report: Report | None = None
+    notes: tuple[str, ...] = ()
+    network: Any = None
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: ModelInfo) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from normfree.errors import InputError, one_line
-from normfree.weights.file import file_kind, some
+from normfree.weights.file import (
+    NON_WEIGHT_OPTIONS,
+    ModelInfo,
+    Report,
+    Weights,
+    Zoo,
+    difference,
+    file_kind,
+    some,
+    spelled,
+)
 from normfree.weights.pickles import Placeholder, Refused, load_torch
 
 # what compilation, sharding and recomputation put into names, wherever it is
@@ -40,6 +52,59 @@ def plain_names(state: Mapping[str, Any], path: object) -> tuple[dict[str, Any],
     prefix = prefixes[0] if prefixes else ""
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return inside, [key for key in state if not key.startswith(prefix)]
+
+
+def depth(state: Mapping[str, Any]) -> tuple[int, ...]:
+    """The number of blocks in each of the four stages, whose names timm shares."""
+    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
+    return tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
+
+
+def size(state: Mapping[str, Tensor], layer: str) -> int:
+    """The number of outputs of a linear layer or convolution; 0 if there is none of that name."""
+    return state[f"{layer}.bias"].numel() if f"{layer}.bias" in state else 0
+
+
+def is_own(state: Mapping[str, Any]) -> bool:
+    """Whether the names of a state dict are those of our networks; timm counts the same convolutions from 1."""
+    return any(re.match(r"(stem|stages\.\d+\.\d+)\.conv0\.", key) for key in state)
+
+
+def read_own_state(
+    state: dict[str, Tensor],
+    notes: tuple[str, ...],
+    source: str,
+    zoo: Zoo,
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> Weights:
+    """A bare state dict of one of our networks. It shows the architecture; options are `overrides` or the defaults."""
+    stem = state.get("stem.conv0.weight", state.get("stem.conv.weight"))
+    in_channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
+    num_classes, blocks = size(state, "head.fc"), depth(state)
+    whole = {key: value for key, value in overrides.items() if key not in NON_WEIGHT_OPTIONS}
+    attempts = [whole] if whole == overrides else [whole, overrides]  # the file may be that of a feature extractor
+    fits: dict[str, Any] = {}
+    differences = []
+    for candidate in [name] if name else [each for each in zoo.depths if zoo.depths[each] == blocks]:
+        for options in attempts:
+            network = zoo.outline(candidate, num_classes, in_channels, options)
+            differences.append(difference(network.state_dict(), state))
+            if not differences[-1]:
+                fits.setdefault(candidate, network)
+    if len(fits) > 1:
+        raise InputError(f"{source} fits {' and '.join(fits)}: name one, as normfree convert IN OUT --model NAME does")
+    if not fits:
+        how = "it was made with other options: give them in create_model(NAME, weights=..., OPTION=...)"
+        reason = (differences or [f"depth {blocks}"])[0]
+        raise InputError(f"{source} does not fit {name or 'any network here'}: {reason}; {how}")
+    candidate, network = next(iter(fits.items()))
+    info: ModelInfo = network.info
+    note = f"{source} records no options; assuming those of {candidate}: {spelled(info.overrides) or 'the defaults'}"
+    if name is None:
+        logging.getLogger("normfree").warning(note)
+    info = replace(info, source=f"state dict {Path(source).name}")
+    return Weights(state, info, Report(matched=list(state)), (*notes, note), network)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from normfree.errors import InputError
 from normfree.files import replacing
-from normfree.weights.file import Report, write_tensors
+from normfree.weights.file import Report, Weights, Zoo, spelled, write_tensors
+from normfree.weights.states import depth, size
 
 _EPS = {"ws_eps": 1e-5}
 _DM = _EPS | {"activation": "gelu_erf"}
@@ -80,6 +82,33 @@ def timm_name(key: str) -> str:
     return key
 
 
+def read_timm(
+    theirs: dict[str, Tensor],
+    notes: tuple[str, ...],
+    source: str,
+    zoo: Zoo,
+    overrides: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+) -> Weights:
+    """timm's state dict in our terms; `config`: the config.json of its repository."""
+    try:
+        name, num_classes, in_channels = recognise(theirs)
+        prepared = preparation(name, config)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(f"{source}: its config.json is not one of timm's") from None
+    ours, options = ARCHITECTURES[name]
+    network = zoo.outline(ours, num_classes, in_channels, {**options, **overrides})
+    state, report = from_timm(theirs, network.state_dict())
+    if not report.complete:
+        raise InputError(f"{source} does not fit {ours} as timm's {name}: {report}")
+    info = replace(network.info, source=f"timm's {name} ({Path(source).name})", **prepared)
+    if options:
+        notes += (f"timm's arithmetic is kept by options that the file records: {spelled(options)}",)
+    return Weights(state, info, report, notes, network)
+
+
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
     """Name of timm's architecture that has these tensors, its classes and input channels.
 
@@ -106,17 +135,6 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
             "it is no file that normfree wrote, nor are its tensors of a normalizer-free network of timm's"
         )
     return name, size(state, "head.fc"), stem.shape[1]
-
-
-def depth(state: Mapping[str, Any]) -> tuple[int, ...]:
-    """Blocks in each of the four stages; their names are the same here and there."""
-    blocks = {match.groups() for key in state if (match := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
-    return tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
-
-
-def size(state: Mapping[str, Tensor], layer: str) -> int:
-    """Outputs of a linear layer or convolution; 0 where there is none."""
-    return state[f"{layer}.bias"].numel() if f"{layer}.bias" in state else 0
 
 
 def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
