@@ -32,7 +32,16 @@ from PIL import Image, features
 from timm.data import FastCollateMixup, create_dataset, create_loader, create_transform
 from torch import Tensor
 
-from normfree.data import ImageSet, Mixing, RandAugment, TrainTransform, cached, open_dataset, sample_rng, train_batches
+from normfree.data import (
+    LabelledImages,
+    Mixing,
+    RandAugment,
+    TrainTransform,
+    cached,
+    open_dataset,
+    sample_rng,
+    train_batches,
+)
 from normfree.data.pack import pack
 
 PX, BATCH, WARM_BATCHES = 192, 32, 4
@@ -76,7 +85,7 @@ def make_photographs(folder: Path, count: int) -> None:
     photographs[0].save(held)
 
 
-def ours(images: ImageSet, workers: int, seed: int, **options: Any) -> Iterator[Tensor]:
+def ours(images: LabelledImages, workers: int, seed: int, **options: Any) -> Iterator[Tensor]:
     steps = len(images) // BATCH
     batches = train_batches(
         images,
@@ -205,7 +214,7 @@ def measure_sources(folder: Path, rounds: int) -> dict[str, float]:
     return rates
 
 
-def write_parquet(images: ImageSet, path: Path) -> None:
+def write_parquet(images: LabelledImages, path: Path) -> None:
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 

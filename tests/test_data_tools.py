@@ -335,8 +335,8 @@ def test_every_name_has_its_class() -> None:
 def test_arrays_in_torchvisions_layout(data: Path) -> None:
     pixels = fake_mnist(data / "KMNIST" / "raw")
     train, validation = open_dataset("kmnist")
-    assert isinstance(train, ArrayImages)
-    assert np.array_equal(train.pixels, pixels["train"])
+    assert isinstance(train.samples, ArrayImages)
+    assert np.array_equal(train.samples.pixels, pixels["train"])
     assert np.array_equal(np.asarray(validation.read(3, channels=1)), pixels["test"][3])
     assert (train.class_names[1], train.name(7)) == ("ki", "kmnist/train/00007")
     assert list(validation.targets) == list(range(10))
@@ -350,8 +350,8 @@ def test_what_debian_has(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(named, "FASHION_MNIST_FOLDER", tmp_path / "debian")
     for _ in range(2):  # unpacked, then found
         train, validation = open_dataset("fashion_mnist")
-        assert isinstance(train, ArrayImages)
-        assert np.array_equal(train.pixels, pixels["train"])
+        assert isinstance(train.samples, ArrayImages)
+        assert np.array_equal(train.samples.pixels, pixels["train"])
         assert (len(validation), train.class_names[0]) == (10, "T-shirt/top")
         shutil.rmtree(tmp_path / "debian", ignore_errors=True)
     assert not list(data.glob("*.partial"))
@@ -402,7 +402,7 @@ def test_files_in_torchvisions_layout(data: Path) -> None:
             (textures / "images" / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise(len(name))).save(textures / "images" / f"{name}.png")
     train, validation = open_dataset("dtd")
-    assert isinstance(train, FolderImages)
+    assert isinstance(train.samples, FolderImages)
     assert (train.class_names, train.targets) == (("banded", "dotted"), [0, 1, 1])
     assert (validation.name(0), validation.targets) == ("dtd/dtd/images/dotted/3.png", [1])
     assert not any("test" in note for note in train.notes)
@@ -487,7 +487,7 @@ def test_parquet_written_by_the_library(tmp_path: Path) -> None:
         table.to_parquet(tmp_path / "in" / f"{part}-00000-of-00001.parquet")
     (tmp_path / "in/docs").mkdir()  # one folder beside tables is none of classes
     train, validation = open_dataset(str(tmp_path / "in"))
-    assert isinstance(train, TableImages)
+    assert isinstance(train.samples, TableImages)
     assert (train.class_names, list(train.targets)) == (tuple(names), [0, 1, 0, 1, 2, 2])
     assert (list(validation.targets), validation.name(1)) == ([2, 1], "test/0000001")
     assert "test images serve" in train.notes[0]

@@ -255,7 +255,13 @@ def test_an_inventory_sees_labels_order_and_classes(photos):
     assert "in another order" in changed(before, inventory(train=turned, validation=validation))
     swapped = replace(train, class_names=train.class_names[::-1])
     assert changed(before, inventory(train=swapped, validation=validation)) is not None
-    assert changed(before, inventory(train=replace(train, root="/elsewhere"), validation=validation)) is None
+    assert (
+        changed(
+            before,
+            inventory(train=replace(train, samples=replace(train.samples, root="/elsewhere")), validation=validation),
+        )
+        is None
+    )
 
 
 def test_images_that_cannot_be_read_are_counted_as_if_there_had_been_no_interruption(

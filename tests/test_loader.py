@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -25,27 +26,33 @@ from normfree.data import (
     Batch,
     EvalTransform,
     FolderImages,
+    LabelledImages,
     Mixing,
     RandAugment,
     TrainTransform,
     cached,
+    changed,
     eval_batches,
     fits_in_memory,
+    inventory,
     open_evaluation,
+    ordered_batches,
     sample_rng,
+    stream_batches,
     train_batches,
 )
-from normfree.data.images import _free_bytes
+from normfree.data.images import _free_bytes, hold_out
 from normfree.data.loader import WorkerDied, read_batches
 from normfree.errors import InputError
 
 NUM_IMAGES, BATCH_SIZE = 23, 5
 
 
-def arrays(count: int = NUM_IMAGES) -> ArrayImages:
+def arrays(count: int = NUM_IMAGES, kind: type[ArrayImages] = ArrayImages) -> LabelledImages:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
     names = [f"array/{index}" for index in range(count)]
-    return ArrayImages(class_names=("even", "odd"), targets=[i % 2 for i in range(count)], pixels=pixels, names=names)
+    samples = kind(pixels=pixels, names=names)
+    return LabelledImages(samples=samples, targets=[i % 2 for i in range(count)], class_names=("even", "odd"))
 
 
 def stream(
@@ -188,7 +195,7 @@ def test_grey_images() -> None:
 
 def test_min_px_is_passed_on(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "0.jpg")
-    images = FolderImages(class_names=("a",), targets=[0], root=str(tmp_path), paths=["0.jpg"])
+    images = FolderImages(root=str(tmp_path), paths=["0.jpg"])
     sizes = []
 
     def note(image: Image.Image, _: np.random.Generator) -> torch.Tensor:
@@ -211,7 +218,7 @@ def test_a_batch_larger_than_the_data_set() -> None:
 def test_signals_are_left_to_the_main_process(number: signal.Signals) -> None:
     """Ctrl-C must not take the workers away from a run that is about to write its last checkpoint."""
     batches = train_batches(
-        SlowImages(**vars(arrays())), TrainTransform(8), batch_size=5, seed=7, start_step=0, stop_step=6, workers=1
+        arrays(kind=SlowImages), TrainTransform(8), batch_size=5, seed=7, start_step=0, stop_step=6, workers=1
     )
     received = [next(batches)]
     children = multiprocessing.active_children()
@@ -371,6 +378,64 @@ def test_a_fork_leaves_the_workers_alone() -> None:
     assert [int(batch) for batch in batches] == [2, 0]
 
 
+# --- samples without labels, and the samples of other tasks ---
+
+
+def box_sample(image: Image.Image, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """As detection makes them: pictures of different sizes, with boxes."""
+    width = int(rng.integers(4, image.width))
+    pixels = torch.from_numpy(np.array(image.crop((0, 0, width, 6))))
+    return {"image": pixels, "boxes": torch.tensor([[0, 0, width, 6]] * (index % 3)), "index": index}
+
+
+def as_lists(samples: list[Any], unreadable: tuple[str, ...]) -> tuple[list[Any], tuple[str, ...]]:
+    return samples, unreadable
+
+
+@pytest.mark.parametrize(("workers", "pin_memory"), [(0, False), (2, False), (2, True)])
+def test_any_task_can_make_its_own_batches(
+    workers: int, pin_memory: bool, folder: Path, accelerator: list[str]
+) -> None:
+    """Pool, order, replacement of unreadable images and pinning are those of the classification stream."""
+    images = open_evaluation(str(folder), ["a", "b"]).samples
+    batches = list(stream_batches(images, box_sample, as_lists, 5, 7, range(2, 12), workers, pin_memory=pin_memory))
+    expected = stream(images, start=2, stop=12)
+    assert len(batches) == 10
+    for (samples, unreadable), classified in zip(batches, expected, strict=True):
+        assert [sample["index"] for sample in samples] == classified.indices.tolist()
+        assert unreadable == classified.unreadable
+        for sample in samples:
+            assert sample["boxes"].shape == (sample["index"] % 3, *([4] if sample["index"] % 3 else []))
+            assert sample["image"].shape[1] <= 40
+    assert len(accelerator) == (10 * 5 * 2 if pin_memory else 0)
+
+
+def keep(image: Image.Image, index: int) -> tuple[int, tuple[int, int]]:
+    return index, image.size
+
+
+def test_batches_in_order_for_any_task(folder: Path) -> None:
+    images = open_evaluation(str(folder), ["a", "b"]).samples
+    batches = list(ordered_batches(images, keep, as_lists, 6, workers=1))
+    assert [index for samples, _ in batches for index, _ in samples] == [i for i in range(24) if i not in (3, 17)]
+    assert {size for samples, _ in batches for _, size in samples} == {(40, 30)}
+    assert [len(unreadable) for _, unreadable in batches] == [1, 0, 1, 0]
+
+
+def test_samples_without_labels_have_targets_of_minus_one(folder: Path) -> None:
+    images = open_evaluation(str(folder), ["a", "b"])
+    for ours, theirs in zip(stream(images.samples), stream(images), strict=True):
+        assert ours.targets.tolist() == [-1] * BATCH_SIZE
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.indices, theirs.indices)
+    batch = next(evaluate(images.samples, 0))
+    assert (batch.targets.tolist(), batch.targets.dtype) == ([-1] * 4, torch.int64)
+    assert inventory(train=images.samples) == {"train": {"": [24, ANY]}}
+    assert [len(part) for part in hold_out(images.samples, 0.25, 0)] != [24, 0]
+    was, now = inventory(train=images.samples), inventory(train=images.samples.subset(range(23)))
+    assert changed(was, now) == "the data set has 23 train images and had 24"
+
+
 # --- mixing and augmentation ---
 
 MIXING, IN_BATCH, AUGMENT = Mixing(0.2, 1.0), Mixing(0.2, 1.0, "batch"), RandAugment(2, 10, "pil")
@@ -408,7 +473,7 @@ def test_pairs_of_a_batch_are_neighbours_that_are_read_once(augment: RandAugment
             read.append(index)
             return super().read(index, channels, min_px)
 
-    for step, batch in enumerate(stream(Counted(**vars(images)), mixing=IN_BATCH, augment=augment)):
+    for step, batch in enumerate(stream(arrays(kind=Counted), mixing=IN_BATCH, augment=augment)):
         part = keys[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         rngs = [sample_rng(7, epoch, index) for epoch, index in part]
         crops = [transform(images.read(index), rng) for (_, index), rng in zip(part, rngs, strict=True)]
@@ -464,8 +529,8 @@ def test_float_crops_are_mixed_as_they_are_and_cut_off_for_augmentation(channels
 
 def test_partners_that_cannot_be_read_are_replaced(folder: Path) -> None:
     images = open_evaluation(str(folder), ["a", "b"])
-    assert isinstance(images, FolderImages)
-    for path in images.paths[:18]:  # most of them, so that first and second partners are hit
+    assert isinstance(images.samples, FolderImages)
+    for path in images.samples.paths[:18]:  # most of them, so that first and second partners are hit
         (folder / path).write_bytes(b"")
     batches = stream(images, stop=24, mixing=MIXING)
     assert_same(stream(images, stop=24, mixing=MIXING, workers=2), batches)
@@ -485,7 +550,8 @@ def test_partners_that_cannot_be_read_are_replaced(folder: Path) -> None:
 def test_unreadable_images_are_replaced_and_reported(folder: Path) -> None:
     images = open_evaluation(str(folder), ["a", "b"])
     batches = stream(images, stop=24)  # 120 places = 5 epochs
-    bad = {images.paths.index(name) for name in ("a/03.png", "b/05.png")} if isinstance(images, FolderImages) else set()
+    names = [images.name(i) for i in range(len(images))]
+    bad = {names.index(name) for name in ("a/03.png", "b/05.png")}
     shown = torch.cat([batch.indices for batch in batches]).tolist()
     assert len(bad) == 2
     assert not bad & set(shown)
@@ -533,7 +599,8 @@ def test_cached_images_are_decoded_as_they_would_be(tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(pixels[number:]).save(tmp_path / f"{number}.jpg", quality=80)
     paths = ["0.jpg", "1.jpg", "2.jpg"]
-    images = FolderImages(class_names=("a", "b"), targets=[0, 1, 1], root=str(tmp_path), paths=paths, notes=("so",))
+    files = FolderImages(root=str(tmp_path), paths=paths)
+    images = LabelledImages(samples=files, targets=[0, 1, 1], class_names=("a", "b"), notes=("so",))
     kept = cached(images, 3, 40)
     for _ in range(2):
         for channels, min_px in ((3, 40), (3, None), (1, 40)):
@@ -545,7 +612,9 @@ def test_cached_images_are_decoded_as_they_would_be(tmp_path: Path) -> None:
     assert (kept.notes, kept.class_names, kept.source(1)) == (("so",), ("a", "b"), images.source(1))
     assert np.array_equal(kept.order(sample_rng(0, 0, 0)), images.order(sample_rng(0, 0, 0)))
     there = arrays()
-    assert cached(there) is there
+    assert cached(there).samples is there.samples
+    assert cached(there.samples) is there.samples
+    assert np.array_equal(cached(files).read(0), images.read(0))
 
 
 def test_what_fits_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,9 +626,9 @@ def test_what_fits_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("normfree.data.images._free_bytes", lambda: float("inf"))
     pixels = np.broadcast_to(np.uint8(0), (2**30 // 768 + 1, 16, 16, 3))  # one more than a GiB holds
     names = [""] * len(pixels)
-    many = ArrayImages(class_names=("a",), targets=[0] * len(pixels), pixels=pixels, names=names)
+    many = ArrayImages(pixels=pixels, names=names)
     assert not fits_in_memory(many)
-    assert fits_in_memory(ArrayImages(class_names=("a",), targets=[0] * 9, pixels=pixels[:9], names=names[:9]))
+    assert fits_in_memory(ArrayImages(pixels=pixels[:9], names=names[:9]))
     assert fits_in_memory(images.subset([]))
     read = []
     monkeypatch.setattr(ArrayImages, "size", lambda _, index: read.append(index) or (4000, 3000))

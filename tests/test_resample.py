@@ -88,7 +88,7 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
 def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
     """By the main process, before they start; and what they give is what Pillow gives."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 50, 40, 3), dtype=np.uint8)
-    images = ArrayImages(class_names=("a",), targets=[0] * 12, pixels=pixels, names=[str(i) for i in range(12)])
+    images = ArrayImages(pixels=pixels, names=[str(i) for i in range(12)])
     options = dict(batch_size=4, seed=1, start_step=0, stop_step=6)
     batches = train_batches(images, TrainTransform(24), workers=1, **options)
     found = [next(batches)]

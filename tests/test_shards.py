@@ -25,7 +25,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from normfree.data import TrainTransform, UnreadableImage, eval_batches, open_dataset, open_evaluation, train_batches
+from normfree.data import (
+    LabelledImages,
+    TrainTransform,
+    UnreadableImage,
+    eval_batches,
+    open_dataset,
+    open_evaluation,
+    train_batches,
+)
 from normfree.data import pack as pack_module
 from normfree.data import remote as remote_module
 from normfree.data import shards as shards_module
@@ -68,6 +76,11 @@ def packed(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
+def stored(images: LabelledImages) -> ShardImages:
+    assert isinstance(images.samples, ShardImages)
+    return images.samples
+
+
 def contents(images: Any) -> Counter:
     """What a set holds, whatever its order: (class, pixels)."""
     return Counter((images.class_names[t], images.read(i).tobytes()) for i, t in enumerate(images.targets))
@@ -100,9 +113,8 @@ def png(value: int = 0) -> bytes:
 
 def test_round_trip(folder: Path, packed: Path) -> None:
     for ours, theirs in zip(open_dataset(str(packed)), open_dataset(str(folder)), strict=True):
-        assert isinstance(ours, ShardImages)
         assert ours.class_names == theirs.class_names == ("cat", "dog", "eel")
-        assert len(ours.shards) >= 2
+        assert len(stored(ours).shards) >= 2
         assert contents(ours) == contents(theirs)
         assert sorted(map(ours.source, range(len(ours)))) == sorted(
             Path(str(theirs.source(i))).read_bytes() for i in range(len(theirs))
@@ -111,8 +123,7 @@ def test_round_trip(folder: Path, packed: Path) -> None:
         # image for image in the order of the folder, though neighbours in a shard are of mixed classes
         assert list(ours.targets) == list(theirs.targets)
     train = open_dataset(str(packed))[0]
-    assert isinstance(train, ShardImages)
-    on_disk = np.lexsort((train.offsets, train.places))
+    on_disk = np.lexsort((stored(train).offsets, stored(train).places))
     assert len({train.targets[i] for i in on_disk[:10]}) == 3
     assert open_evaluation(str(packed), ["eel", "dog", "cat"]).class_names == ("eel", "dog", "cat")
 
@@ -143,8 +154,7 @@ def test_pack_makes_smaller(tmp_path: Path) -> None:
     train, validation = open_dataset(str(tmp_path / "out"))
     every = [images.size(i) for images in (train, validation) for i in range(len(images))]
     assert sorted(every) == [(20, 20), (30, 90), (50, 166), (200, 50)]
-    assert isinstance(train, ShardImages)
-    with tarfile.open(train.shards[0]) as tar:
+    with tarfile.open(stored(train).shards[0]) as tar:
         assert {name.rpartition(".")[2] for name in tar.getnames()} == {"jpg", "cls"}
     assert train.read(0).getpixel((0, 0)) == pytest.approx((132, 177, 132), abs=3)  # over white
 
@@ -208,11 +218,10 @@ def test_shards_of_others_are_read_by_their_headers(packed: Path) -> None:
         path.unlink()
     for _ in range(2):  # scanned, then remembered
         ours = open_dataset(str(packed))[0]
-        assert isinstance(ours, ShardImages)
         assert ours.class_names == ("0", "1", "2")
-        in_order = ours.subset(np.argsort(ours.keys).tolist())
+        in_order = ours.subset(np.argsort(stored(ours).keys).tolist())
         for name in ("places", "offsets", "sizes", "keys"):
-            assert np.array_equal(getattr(in_order, name), getattr(with_index, name))
+            assert np.array_equal(getattr(stored(in_order), name), getattr(stored(with_index), name))
         assert in_order.targets == with_index.targets
 
 
@@ -361,7 +370,7 @@ def test_patterns(packed: Path) -> None:
     assert find_shards(f"{packed}/train-{{000000..{last:06d}}}.tar") == shards
     assert find_shards(f"{packed}/train-*.tar") == shards
     train, validation = open_dataset(f"{packed}/{{train-*,validation-{{000000..000001}}}}.tar")
-    assert (len(train), isinstance(validation, ShardImages) and len(validation.shards)) == (60, 2)
+    assert (len(train), len(stored(validation).shards)) == (60, 2)
     complaint(find_shards, f"{packed}/train-{{000000..000099}}.tar", match=f"no such shard: .* \\({last + 1} are there")
     complaint(find_shards, f"{packed}/nothing-*.tar", match="no such shard: .*nothing")
     complaint(open_dataset, "http://127.0.0.1:1/folder", match="give the tar shards that are there")
@@ -380,17 +389,16 @@ def test_braces(first: int, count: int, width: int) -> None:
 # --- order ---
 
 
-def big_set(shards: int, per_shard: int) -> ShardImages:
+def big_set(shards: int, per_shard: int) -> LabelledImages:
     count = shards * per_shard
-    return ShardImages(
-        class_names=("a", "b"),
-        targets=array("i", [0] * count),
+    samples = ShardImages(
         shards=tuple(f"{i}.tar" for i in range(shards)),
         places=np.repeat(np.arange(shards, dtype=np.int32), per_shard),
         offsets=np.arange(count),
         sizes=np.ones(count, np.int64),
         keys=np.array([b"n04399382_12345"] * count),
     )
+    return LabelledImages(samples=samples, targets=array("i", [0] * count), class_names=("a", "b"))
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32 - 1))
@@ -403,16 +411,18 @@ def test_order_is_a_permutation_that_stays_local(shards: int, per_shard: int, se
         assert np.array_equal(order, sample_rng(seed, 0, 0, 1).permutation(shards * per_shard))
     window = 16 * per_shard
     for start in range(0, len(order), window):
-        assert len(set(images.places[order[start : start + window]])) <= 16
+        assert len(set(stored(images).places[order[start : start + window]])) <= 16
 
 
 def test_order_is_random_across_and_within_shards() -> None:
     images = big_set(64, 50)
     first, second = (images.order(sample_rng(0, epoch, 0, 1)) for epoch in (0, 1))
-    windows = [set(images.places[order[:800]].tolist()) for order in (first, second)]
+    windows = [set(stored(images).places[order[:800]].tolist()) for order in (first, second)]
     assert windows[0] != windows[1]
     assert all(len(window) == 16 for window in windows)
-    assert len(set(images.places[first[:160]].tolist())) == 16  # of 800: all sixteen shards, but for one in 10^4
+    assert (
+        len(set(stored(images).places[first[:160]].tolist())) == 16
+    )  # of 800: all sixteen shards, but for one in 10^4
     assert np.mean(np.diff(first) == 1) < 0.02
 
 
@@ -503,8 +513,7 @@ def test_remote_shards_are_fetched_once_when_touched(server: Server, packed: Pat
     assert not any(name.endswith(".tar") for name in server.sent)  # the indices beside them were enough
     assert train.class_names == ("cat", "dog", "eel")
     train.read(0)
-    assert isinstance(train, ShardImages)
-    first = os.path.basename(train.shards[train.places[0]])
+    first = os.path.basename(stored(train).shards[stored(train).places[0]])
     assert [name for name in server.sent if name.endswith(".tar")] == [first]
     for ours, theirs in zip((train, validation), open_dataset(str(packed)), strict=True):
         assert contents(ours) == contents(theirs)
@@ -594,13 +603,12 @@ def test_lasting_failures_in_a_worker_end_it(server: Server, packed: Path) -> No
 
 def test_old_copies_make_room(server: Server, packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = open_dataset(pattern(server, packed))[0]
-    assert isinstance(images, ShardImages)
-    sizes = [(packed / os.path.basename(shard)).stat().st_size for shard in images.shards]
+    sizes = [(packed / os.path.basename(shard)).stat().st_size for shard in stored(images).shards]
     assert len(sizes) >= 4
     monkeypatch.setenv("NORMFREE_CACHE_GB", "much")
     complaint(images.source, 0, match="NORMFREE_CACHE_GB is 'much'; give the gigabytes")
     monkeypatch.setenv("NORMFREE_CACHE_GB", f"{2.5 * max(sizes) / 1e9:f}")  # room for two
-    firsts = [int(np.argmax(images.places == shard)) for shard in range(4)]
+    firsts = [int(np.argmax(stored(images).places == shard)) for shard in range(4)]
     for shard in (0, 1, 0, 2):  # 1 is the one not used for longest when 2 comes
         for path in (cache / "copies").glob("*.tar"):
             used = path.stat().st_mtime_ns - 10**9
@@ -661,11 +669,10 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
 
 def test_what_changes_under_a_set(packed: Path) -> None:
     images = open_dataset(str(packed))[0]
-    assert isinstance(images, ShardImages)
-    shard = Path(images.shards[0])
+    shard = Path(stored(images).shards[0])
     content = shard.read_bytes()
-    inside = sorted(np.flatnonzero(images.places == 0).tolist(), key=lambda i: int(images.offsets[i]))
-    shard.write_bytes(content[: int(images.offsets[inside[3]]) + 10])
+    inside = sorted(np.flatnonzero(stored(images).places == 0).tolist(), key=lambda i: int(stored(images).offsets[i]))
+    shard.write_bytes(content[: int(stored(images).offsets[inside[3]]) + 10])
     images.read(inside[0])
     with pytest.raises(UnreadableImage, match=r"train-000000.tar/\d{7}-train-.*: its shard is cut off before it"):
         images.read(inside[3])

@@ -33,6 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from normfree.data import (
     ArrayImages,
     FolderImages,
+    LabelledImages,
     TrainTransform,
     UnreadableImage,
     content_sample,
@@ -523,7 +524,8 @@ def sides(names: Iterable[str], fraction: float = 0.1, seed: int = 0, prefix: st
     paths = sorted(names)
     classes = sorted({path.removeprefix(prefix).split("/")[0] for path in paths})
     targets = [classes.index(path.removeprefix(prefix).split("/")[0]) for path in paths]
-    images = FolderImages(class_names=tuple(classes), targets=targets, root="", paths=paths)
+    samples = FolderImages(root="", paths=paths)
+    images = LabelledImages(samples=samples, targets=targets, class_names=tuple(classes))
     parts = hold_out(images, fraction, seed, prefix)
     assert sorted(names_of(parts[0]) + names_of(parts[1])) == paths
     return {name: bool(held) for held, part in enumerate(parts) for name in names_of(part)}
@@ -607,11 +609,11 @@ def test_mnist5k() -> None:
 def test_mnist5k_labels_belong_to_the_digits() -> None:
     """The nearest class mean tells four of five digits, which only holds if columns and labels are read rightly."""
     train, validation = open_dataset("mnist5k")
-    assert isinstance(train, ArrayImages)
-    assert isinstance(validation, ArrayImages)
-    pixels, targets = train.pixels.reshape(4000, -1).astype(np.float32), np.array(train.targets)
+    assert isinstance(train.samples, ArrayImages)
+    assert isinstance(validation.samples, ArrayImages)
+    pixels, targets = train.samples.pixels.reshape(4000, -1).astype(np.float32), np.array(train.targets)
     means = np.stack([pixels[targets == target].mean(axis=0) for target in range(10)])
-    queries = validation.pixels.reshape(1000, -1).astype(np.float32)
+    queries = validation.samples.pixels.reshape(1000, -1).astype(np.float32)
     distances = ((queries[:, None] - means[None]) ** 2).sum(axis=2)
     assert (distances.argmin(axis=1) == np.array(validation.targets)).mean() > 0.75
 
@@ -802,7 +804,7 @@ def complaint(call: Any, *args: Any, match: str, **kwargs: Any) -> None:
 
 def test_content_is_found_under_other_names(tmp_path: Path) -> None:
     def images(paths: list[str]) -> FolderImages:
-        return FolderImages(class_names=("a",), targets=[0] * len(paths), root=str(tmp_path), paths=paths)
+        return FolderImages(root=str(tmp_path), paths=paths)
 
     for number in range(100):
         (tmp_path / f"{number}.png").write_bytes(b"%03d" % number)
@@ -1106,5 +1108,5 @@ def test_look_at_nothing_readable(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"a/{number}.png").write_bytes(b"")
     images = open_evaluation(str(tmp_path), ["a"])
-    assert isinstance(images, FolderImages)
+    assert isinstance(images.samples, FolderImages)
     complaint(look_at, images, match="no image of the data set could be read, among them a/1.png: the file is")

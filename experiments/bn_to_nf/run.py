@@ -25,7 +25,15 @@ import torchvision
 from torch import nn
 
 from normfree.conversion.convert import convert_to_nf
-from normfree.data import Batch, EvalTransform, ImageSet, TrainTransform, eval_batches, open_dataset, train_batches
+from normfree.data import (
+    Batch,
+    EvalTransform,
+    LabelledImages,
+    TrainTransform,
+    eval_batches,
+    open_dataset,
+    train_batches,
+)
 from normfree.engine.evaluate import prepare
 from normfree.optim import SGD_AGC, param_groups, warmup_cosine
 
@@ -60,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def stream(args: argparse.Namespace, images: ImageSet, batch_size: int, stop_step: int) -> Iterator[Batch]:
+def stream(args: argparse.Namespace, images: LabelledImages, batch_size: int, stop_step: int) -> Iterator[Batch]:
     """Augmented training images, in an order that depends on the seed alone."""
     transform = TrainTransform(args.px, min_area=args.min_area)
     return train_batches(
@@ -75,7 +83,7 @@ def stream(args: argparse.Namespace, images: ImageSet, batch_size: int, stop_ste
     )
 
 
-def build(args: argparse.Namespace, train_set: ImageSet) -> tuple[nn.Module, SGD_AGC]:
+def build(args: argparse.Namespace, train_set: LabelledImages) -> tuple[nn.Module, SGD_AGC]:
     """The network with random initial weights, which depend on model and seed alone, and its optimizer."""
     torch.manual_seed(args.seed)
     model = torchvision.models.get_model(args.model, num_classes=len(train_set.class_names))
@@ -101,7 +109,7 @@ def train_step(model: nn.Module, optimizer: SGD_AGC, batch: Batch, lr: float, la
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, images: ImageSet, px: int) -> tuple[float, float]:
+def validate(model: nn.Module, images: LabelledImages, px: int) -> tuple[float, float]:
     """Top-1 in percent and mean cross-entropy, without label smoothing."""
     transform = EvalTransform(px)
     right, loss = 0, 0.0

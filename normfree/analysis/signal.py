@@ -246,7 +246,7 @@ def read_images(data: str, info: ModelInfo, px: int, count: int, seed: int = 0) 
         paths, failed = find_images([data])
         for path, reason in failed.items():
             raise InputError(f"--data {data}: {path}: {reason}")
-        images = FolderImages(class_names=("",), targets=[0] * len(paths), root="", paths=paths)
+        images = FolderImages(root="", paths=paths)
     chosen = sorted(sample_rng(seed, 0, 0).permutation(len(images))[:count].tolist())
     batch = next(batches_for(replace(info, eval_px=px), images.subset(chosen), count))
     if not len(batch.indices):

@@ -4,7 +4,8 @@ from normfree.data.images import (
     IMAGE_SUFFIXES,
     ArrayImages,
     FolderImages,
-    ImageSet,
+    LabelledImages,
+    Samples,
     UnreadableImage,
     cached,
     changed,
@@ -14,7 +15,7 @@ from normfree.data.images import (
     inventory,
     read_image,
 )
-from normfree.data.loader import Batch, eval_batches, train_batches
+from normfree.data.loader import Batch, eval_batches, ordered_batches, stream_batches, train_batches
 from normfree.data.mixing import Mixing
 from normfree.data.named import DATASET_NAMES
 from normfree.data.randaugment import RandAugment
@@ -28,9 +29,10 @@ __all__ = [
     "Batch",
     "EvalTransform",
     "FolderImages",
-    "ImageSet",
+    "LabelledImages",
     "Mixing",
     "RandAugment",
+    "Samples",
     "TrainTransform",
     "UnreadableImage",
     "cached",
@@ -46,7 +48,9 @@ __all__ = [
     "normalize",
     "open_dataset",
     "open_evaluation",
+    "ordered_batches",
     "read_image",
     "sample_rng",
+    "stream_batches",
     "train_batches",
 ]

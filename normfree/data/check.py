@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from normfree.data.images import FolderImages, ImageSet, UnreadableImage, open_image, read_image
+from normfree.data.images import FolderImages, LabelledImages, UnreadableImage, open_image, read_image
 from normfree.data.pack import Show, each
 from normfree.data.remote import data_folder, short_hash
 from normfree.data.sources import open_dataset
@@ -73,7 +73,7 @@ def report_lines(report: dict[str, Any], at_most: int = 5) -> list[str]:
     return [*lines, *(f"note: {note}" for note in report["notes"])]
 
 
-def _examine(images: ImageSet, index: int) -> Facts:
+def _examine(images: LabelledImages, index: int) -> Facts:
     label = images.class_names[images.targets[index]]
     facts: Facts = {"name": images.name(index), "class": label, "file_ns": _file_ns(images, index)}
     try:
@@ -101,11 +101,11 @@ def _examine(images: ImageSet, index: int) -> Facts:
     }
 
 
-def _file_ns(images: ImageSet, index: int) -> int:
-    """When the file of an image was last changed, where it has one of its own."""
+def _file_ns(images: LabelledImages, index: int) -> int:
+    """When the file of an image was last changed; 0 where it has no file of its own."""
     with contextlib.suppress(OSError):
-        if isinstance(images, FolderImages):
-            return os.stat(images.source(index)).st_mtime_ns
+        if isinstance(images.samples, FolderImages):
+            return os.stat(images.samples.source(index)).st_mtime_ns
     return 0
 
 

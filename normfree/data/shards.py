@@ -22,7 +22,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from normfree.data.images import ImageSet, Parts, UnreadableImage, image_suffixes
+from normfree.data.images import LabelledImages, Parts, Samples, UnreadableImage, image_suffixes
 from normfree.data.remote import data_folder, is_remote, match, open_file, short_hash
 from normfree.errors import InputError
 
@@ -35,7 +35,7 @@ _WINDOW_SHARDS = 16  # among which the images of an epoch are shuffled: what dis
 
 
 @dataclass(kw_only=True, eq=False)
-class ShardImages(ImageSet):
+class ShardImages(Samples):
     """Image i is the `sizes[i]` bytes at `offsets[i]` of `shards[places[i]]`; arrays (N,), `keys` of bytes."""
 
     shards: tuple[str, ...]
@@ -43,6 +43,9 @@ class ShardImages(ImageSet):
     offsets: np.ndarray
     sizes: np.ndarray
     keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def source(self, index: int) -> bytes:
         size = int(self.sizes[index])
@@ -61,8 +64,7 @@ class ShardImages(ImageSet):
 
     def subset(self, indices: Sequence[int]) -> Self:
         rows = np.asarray(indices, dtype=np.int64)
-        kept = {name: getattr(self, name)[rows] for name in ("places", "offsets", "sizes", "keys")}
-        return replace(self, targets=_compact(np.asarray(self.targets)[rows]), **kept)
+        return replace(self, **{name: getattr(self, name)[rows] for name in ("places", "offsets", "sizes", "keys")})
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         """Shards in random order, and images in random order among those of a few shards: reading stays local."""
@@ -108,7 +110,7 @@ def check_roles(names: Iterable[str], where: str) -> dict[str, str]:
     return found
 
 
-def named_parts(splits: Iterable[str], read: Callable[[str], ImageSet]) -> Parts:
+def named_parts(splits: Iterable[str], read: Callable[[str], LabelledImages]) -> Parts:
     """The training and the validation part among splits by their names, usual ones first; `read(name)` reads one."""
     names = list(splits)
     by_role = {_ROLE_OF[w]: name for w in reversed(_ROLE_OF) for name in names if name.strip().casefold() == w}
@@ -176,7 +178,7 @@ class Index(NamedTuple):
             raise InputError(f"{path} is no index of a shard, or is damaged ({error}): delete it") from None
 
 
-def _open(shards: Sequence[str]) -> ShardImages:
+def _open(shards: Sequence[str]) -> LabelledImages:
     """The images of these shards."""
     found = [_index(shard) for shard in shards]
     keys, offsets, sizes, labels, _, _ = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -189,23 +191,22 @@ def _open(shards: Sequence[str]) -> ShardImages:
         classes, targets = np.unique(labels, return_inverse=True)
         if all(label.isdigit() for label in classes.tolist()):
             classes, targets = np.unique(labels.astype(np.int64), return_inverse=True)
-    images = ShardImages(
-        class_names=tuple(os.fsdecode(c) if isinstance(c, bytes) else str(c) for c in classes.tolist()),
-        targets=_compact(targets),
+    samples = ShardImages(
         shards=tuple(shards),
         places=np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.keys) for index in found]),
         offsets=offsets,
         sizes=sizes,
         keys=keys,
     )
+    images = LabelledImages(
+        samples=samples,
+        targets=array("i", targets.astype(np.int32).tobytes()),  # a list of a million would be copied by every worker
+        class_names=tuple(os.fsdecode(c) if isinstance(c, bytes) else str(c) for c in classes.tolist()),
+    )
     if len(found[0].classes) and len(shards) <= _WINDOW_SHARDS:
         # Packed by us, keys begin with the places of the images in what was packed. Kept, a run is the same as there.
         return images.subset(np.argsort(keys, kind="stable").tolist())
     return images
-
-
-def _compact(targets: np.ndarray) -> array[int]:
-    return array("i", targets.astype(np.int32).tobytes())
 
 
 def index_file(shard: str) -> str:

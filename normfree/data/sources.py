@@ -18,8 +18,9 @@ import numpy as np
 from normfree.data.images import (
     HEIF_SUFFIXES,
     FolderImages,
-    ImageSet,
+    LabelledImages,
     Parts,
+    Samples,
     UnreadableImage,
     hold_out,
     image_suffixes,
@@ -37,7 +38,9 @@ _JUNK |= {"thumbs.db", "desktop.ini"}  # what systems leave behind, in small let
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
-def open_dataset(spec: str, *, validation_fraction: float = 0.1, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+def open_dataset(
+    spec: str, *, validation_fraction: float = 0.1, seed: int = 0
+) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images of a data set; docs/data.md lists the kinds of `spec`.
 
     A folder holds `train/CLASS/...` beside `validation` (or `val`, `valid`, `test`), or `CLASS/...` alone. Where there
@@ -66,7 +69,9 @@ def has_validation(spec: str) -> bool:
     return _parts(spec).validation is not None
 
 
-def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | None = None, seed: int = 0) -> ImageSet:
+def open_evaluation(
+    spec: str, class_names: Sequence[str], *, held_out: float | None = None, seed: int = 0
+) -> LabelledImages:
     """The images to evaluate weights on: the validation part of a data set, or all of one without parts.
 
     Where there is no validation part, `held_out` and `seed` give just the images that `open_dataset` holds out for the
@@ -89,7 +94,7 @@ def open_evaluation(spec: str, class_names: Sequence[str], *, held_out: float | 
     return _onto_classes(images, class_names, "weights", parts.folder)
 
 
-def _describe_classes(train: ImageSet, validation: ImageSet) -> list[str]:
+def _describe_classes(train: LabelledImages, validation: LabelledImages) -> list[str]:
     """What is unusual about the classes, in a line each; nothing for even classes that all have validation images."""
     names, lines = train.class_names, []
     counts, seen = (np.bincount(images.targets, minlength=len(names)) for images in (train, validation))
@@ -134,7 +139,7 @@ def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return found, failed
 
 
-def look_at(images: ImageSet, sample: int = 64) -> tuple[int, bool]:
+def look_at(images: Samples, sample: int = 64) -> tuple[int, bool]:
     """Median short side in pixels, and whether all are grey, of at most `sample` evenly spaced images.
 
     By their headers. Unreadable images are left out; raises `InputError` if not one can be read.
@@ -258,7 +263,7 @@ def _lists(*folders: Path) -> list[str]:
     return [file for file in _files(folders, *LIST_SUFFIXES) if is_label_list(file)]
 
 
-def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> FolderImages:
+def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> LabelledImages:
     """The images of `root`/`part`/CLASS/..., classes sorted by name; classes may be empty, the whole may not."""
     folder = root / part
     class_names = _subfolders(folder)
@@ -288,10 +293,11 @@ def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> FolderImages:
             "if neither, put the images of a class into one folder"
         )
     notes = (*notes, f"in {folder}, {_unread(others)}") if others else tuple(notes)
-    return FolderImages(class_names=tuple(class_names), targets=targets, notes=notes, root=str(root), paths=paths)
+    samples = FolderImages(root=str(root), paths=paths)
+    return LabelledImages(samples=samples, targets=targets, class_names=tuple(class_names), notes=notes)
 
 
-def _check_trainable(images: ImageSet, spec: str, folder: Path | None) -> None:
+def _check_trainable(images: LabelledImages, spec: str, folder: Path | None) -> None:
     """InputError unless there are two classes or more that read differently, all with images."""
     counts = Counter(images.targets)
     names: dict[str, str] = {}
@@ -391,7 +397,9 @@ def class_key(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def _onto_classes(images: ImageSet, class_names: Sequence[str], whose: str, folder: Path | None = None) -> ImageSet:
+def _onto_classes(
+    images: LabelledImages, class_names: Sequence[str], whose: str, folder: Path | None = None
+) -> LabelledImages:
     """The same images with targets that are indices into `class_names`; empty classes need not be known."""
     place = {class_key(name): target for target, name in enumerate(class_names)}
     used = sorted(set(images.targets))

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from normfree.data.images import FolderImages, ImageSet, Parts, UnreadableImage
+from normfree.data.images import FolderImages, LabelledImages, Parts, Samples, UnreadableImage
 from normfree.data.remote import plain_errors
 from normfree.data.shards import named_parts, role_of, split_files
 from normfree.errors import InputError
@@ -34,13 +34,16 @@ _IMAGE_TYPES = {"struct", "binary", "large_binary", "binary_view", "fixed_size_b
 
 
 @dataclass(kw_only=True, eq=False)
-class TableImages(ImageSet):
+class TableImages(Samples):
     """Image i is in row `rows[i]` of `table`, a `datasets.Dataset` whose only column has bytes or a path."""
 
     table: Any
     column: str
     part: str
     rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def source(self, index: int) -> str | bytes:
         stored = self.table[int(self.rows[index])][self.column] or {}
@@ -52,7 +55,7 @@ class TableImages(ImageSet):
         return f"{self.part}/{self.rows[index]:07d}"
 
     def subset(self, indices: Sequence[int]) -> Self:
-        return replace(self, rows=self.rows[list(indices)], targets=[self.targets[i] for i in indices])
+        return replace(self, rows=self.rows[list(indices)])
 
 
 def table_parts(where: str | Sequence[str], query: str = "") -> Parts:
@@ -179,7 +182,7 @@ def _place(file: str, path: str) -> tuple[str, str]:
     return next((found for found in tried if os.path.isfile(os.path.join(found[0], path + found[1]))), (folder, ""))
 
 
-def _listed(rows: Sequence[tuple[str, str]], root: str) -> FolderImages:
+def _listed(rows: Sequence[tuple[str, str]], root: str) -> LabelledImages:
     """The images of these (path, label), each once, whatever the order of the rows."""
     labels: dict[str, str] = {}
     for path, label in rows:
@@ -191,10 +194,10 @@ def _listed(rows: Sequence[tuple[str, str]], root: str) -> FolderImages:
     place = {name: target for target, name in enumerate(names)}
     paths = sorted(labels)
     targets = [place[labels[path]] for path in paths]
-    return FolderImages(class_names=tuple(names), targets=targets, root=root, paths=paths)
+    return LabelledImages(samples=FolderImages(root=root, paths=paths), targets=targets, class_names=tuple(names))
 
 
-def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
+def _images(table: Any, part: str, options: dict[str, str]) -> LabelledImages:
     from datasets import ClassLabel, Image, Value
 
     image = _choose("image", table, options, {"Image"}, _IMAGE_TYPES)
@@ -209,13 +212,16 @@ def _images(table: Any, part: str, options: dict[str, str]) -> TableImages:
     place = {name: target for target, name in enumerate(names)}
     if isinstance(table.features[image], Value):  # not every kind of bytes can become images by itself
         table = table.cast_column(image, Value("large_binary"))
-    return TableImages(
-        class_names=tuple(table.features[label].names if named else map(str, names)),
-        targets=written if named else [place[label] for label in written],
+    samples = TableImages(
         table=table.select_columns([image]).cast_column(image, Image(decode=False)),
         column=image,
         part=part,
         rows=np.arange(len(table)),
+    )
+    return LabelledImages(
+        samples=samples,
+        targets=written if named else [place[label] for label in written],
+        class_names=tuple(table.features[label].names if named else map(str, names)),
     )
 
 

@@ -75,7 +75,7 @@ def _predict(
     names = info.class_names or tuple(str(i) for i in range(info.num_classes))
     model = model.to(where).to(memory_format=torch.channels_last)
     rest = list(files[start:])
-    images = FolderImages(class_names=names, targets=[0] * len(rest), root="", paths=rest)
+    images = FolderImages(root="", paths=rest)
     batches = batches_for(info, images, BATCH, workers)
 
     def run() -> Iterator[list[Prediction]]:

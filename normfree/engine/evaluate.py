@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.data import Batch, EvalTransform, ImageSet, eval_batches, normalize
+from normfree.data import Batch, EvalTransform, Samples, eval_batches, normalize
 from normfree.files import utf8
 from normfree.layers import reuse_weights
 from normfree.weights import ModelInfo
@@ -158,7 +158,7 @@ def eval_transform(info: ModelInfo) -> EvalTransform:
 
 
 def batches_for(
-    info: ModelInfo, images: ImageSet, batch_size: int, workers: int = 0, pin_memory: bool = False
+    info: ModelInfo, images: Samples, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Every image once, in order, as the network of `info` takes them: channels, pixels and crop."""
     transform = eval_transform(info)

@@ -39,7 +39,7 @@ from normfree.config import (
 from normfree.data import (
     DATASET_NAMES,
     Batch,
-    ImageSet,
+    LabelledImages,
     Mixing,
     RandAugment,
     TrainTransform,
@@ -92,8 +92,8 @@ class Classification:
 
     model: Network
     info: ModelInfo
-    train_set: ImageSet
-    validation_set: ImageSet
+    train_set: LabelledImages
+    validation_set: LabelledImages
     run: RunConfig
     device: torch.device
     log_priors: Tensor | None = None  # (K,), times the option `balance`
@@ -205,7 +205,7 @@ def smoothed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float)
     return torch.lerp(against(batch.mix_targets, "none"), against(batch.targets, "none"), ratios).mean()
 
 
-def pick_workers(workers: int | None, images: ImageSet) -> int:
+def pick_workers(workers: int | None, images: LabelledImages) -> int:
     """Reading processes: none for images that are in memory, else a core is left for the network."""
     if workers is not None:
         return workers
@@ -215,7 +215,7 @@ def pick_workers(workers: int | None, images: ImageSet) -> int:
 def evaluate_images(
     model: Network,
     info: ModelInfo,
-    images: ImageSet,
+    images: LabelledImages,
     device: torch.device,
     workers: int,
     precision: str = "float32",
@@ -423,7 +423,7 @@ def build(run: RunConfig) -> tuple[Classification, SGD_AGC, EMA, Plan]:
     return task, optimizer, EMA(model, o.ema_decay), plan
 
 
-def _check_readable(validation_set: ImageSet, channels: int) -> None:
+def _check_readable(validation_set: LabelledImages, channels: int) -> None:
     """InputError unless there is an image to validate on: a run without would end with an accuracy of 0 %."""
     reasons = []
     for index in range(len(validation_set)):
@@ -437,7 +437,7 @@ def _check_readable(validation_set: ImageSet, channels: int) -> None:
     raise InputError("there are no validation images: no class has two images, of which one could be held out")
 
 
-def _log_priors(images: ImageSet, balance: float, device: torch.device) -> Tensor | None:
+def _log_priors(images: LabelledImages, balance: float, device: torch.device) -> Tensor | None:
     """balance * log(share of each class), (K,); None without balance."""
     if not balance:
         return None
