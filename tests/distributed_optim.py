@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normfree.models import create_model
 from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
-from normfree.optim.agc import local
+from normfree.optim.shards import local
 
 CLIPPING = 0.02
 

@@ -145,9 +145,9 @@ def test_exemption_by_identity():
     free = {id(p) for g in groups if g.get("clipping", "?") is None for p in g["params"]}
     assert free == {id(p) for p in (*model[0].parameters(), model[2].weight)}
     assert {g["weight_decay"] for g in groups if any(p is model[0].bias for p in g["params"])} == {0.0}
-    with pytest.raises(InputError, match="exempt module Linear is no layer of the model"):
+    with pytest.raises(InputError, match="exempt module Linear is not a layer of the model"):
         param_groups(model, classifier=None, exempt=[nn.Linear(1, 1)])
-    with pytest.raises(InputError, match="exempt module Flatten has nothing to train"):
+    with pytest.raises(InputError, match="exempt module Flatten has no trainable parameters"):
         param_groups(model, classifier=None, exempt=[model[1]])
     with pytest.raises(InputError, match=r"pass model.parameters\(\)"):
         adaptive_clip_grad_(model)

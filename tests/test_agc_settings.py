@@ -26,7 +26,7 @@ def fill_gradients(model: nn.Module, size: float = 100.0) -> None:
         p.grad = torch.full_like(p, size)
 
 
-def said(optimizer: torch.optim.Optimizer, *keys: str) -> list[tuple]:
+def settings_of(optimizer: torch.optim.Optimizer, *keys: str) -> list[tuple]:
     return [tuple(group[key] for key in keys) for group in optimizer.param_groups]
 
 
@@ -46,12 +46,12 @@ def test_arguments_of_the_optimizer_fill_the_groups():
     model = small()
     optimizer = torch.optim.AdamW(roles(model), weight_decay=0.3)
     AGC(optimizer, clipping=0.5, eps=0.25, units="tensor")
-    assert said(optimizer, "clipping", "weight_decay") == [(0.5, 0.3), (0.5, 0.3), (0.5, 0.0), (None, 0.3)]
-    assert set(said(optimizer, "clip_eps", "units")) == {(0.25, "tensor")}
+    assert settings_of(optimizer, "clipping", "weight_decay") == [(0.5, 0.3), (0.5, 0.3), (0.5, 0.0), (None, 0.3)]
+    assert set(settings_of(optimizer, "clip_eps", "units")) == {(0.25, "tensor")}
     assert {group["eps"] for group in optimizer.param_groups} == {1e-8}  # Adam's own
     optimizer = SGD_AGC(roles(model), lr=0.1, clipping=None, weight_decay=5e-4, eps=0.25)
-    assert said(optimizer, "clipping", "weight_decay") == [(None, 5e-4), (None, 5e-4), (None, 0.0), (None, 5e-4)]
-    assert set(said(optimizer, "clip_eps")) == {(0.25,)}
+    assert settings_of(optimizer, "clipping", "weight_decay") == [(None, 5e-4), (None, 5e-4), (None, 0.0), (None, 5e-4)]
+    assert set(settings_of(optimizer, "clip_eps")) == {(0.25,)}
     fill_gradients(model)
     optimizer.step()
     assert optimizer.stats.params == ()
@@ -65,7 +65,7 @@ def test_arguments_of_the_optimizer_fill_the_groups():
 def test_defaults_are_the_papers():
     model = small()
     optimizer = SGD_AGC(roles(model), lr=0.1)
-    assert said(optimizer, "clipping", "weight_decay", "clip_eps") == [
+    assert settings_of(optimizer, "clipping", "weight_decay", "clip_eps") == [
         (0.01, 2e-5, 1e-3),
         (0.01, 2e-5, 1e-3),
         (0.01, 0.0, 1e-3),
@@ -108,25 +108,25 @@ def test_equal_values_and_groups_by_hand():
         SGD_AGC(roles(model, clipping=clipping), lr=0.1, clipping=clipping)
     groups = [{"params": model[0].parameters(), "clipping": 0.1}, {"params": model[3].parameters()}]
     optimizer = SGD_AGC(groups, lr=0.1, clipping=0.5)
-    assert said(optimizer, "clipping") == [(0.1,), (0.5,)]
+    assert settings_of(optimizer, "clipping") == [(0.1,), (0.5,)]
     optimizer.add_param_group({"params": model[1].parameters(), "clipping": 0.3})
-    assert said(optimizer, "clipping") == [(0.1,), (0.5,), (0.3,)]
+    assert settings_of(optimizer, "clipping") == [(0.1,), (0.5,), (0.3,)]
     vectors = param_groups(nn.BatchNorm2d(3), classifier=None)
-    assert said(SGD_AGC(vectors, lr=0.1, weight_decay=0.1), "weight_decay") == [(0.0,)]
+    assert settings_of(SGD_AGC(vectors, lr=0.1, weight_decay=0.1), "weight_decay") == [(0.0,)]
     assert "lr" not in vectors[0]  # the groups given are left as they are
 
 
 def test_optimizers_clip_once():
     model = small()
-    with pytest.raises(InputError, match="SGD_AGC clips already"):
+    with pytest.raises(InputError, match="SGD_AGC already clips"):
         AGC(SGD_AGC(model.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(model.parameters())
     agc = AGC(optimizer)
-    with pytest.raises(InputError, match="clips already"):
+    with pytest.raises(InputError, match="already clips"):
         AGC(optimizer)
     agc.detach()
     AGC(optimizer, clipping=0.5)
-    assert said(optimizer, "clipping") == [(0.5,)]
+    assert settings_of(optimizer, "clipping") == [(0.5,)]
 
 
 @pytest.mark.parametrize("key", ["cliping", "clip", "clip_factor", "Clipping", "unit", "clip_ep", "transpose"])
@@ -171,12 +171,12 @@ def test_other_keys_of_groups():
 def test_eps_is_called_clip_eps_in_every_group():
     model = small()
     optimizer = SGD_AGC([{"params": model.parameters(), "eps": 0.5}], lr=0.1)  # the former name
-    assert said(optimizer, "clip_eps") == [(0.5,)]
+    assert settings_of(optimizer, "clip_eps") == [(0.5,)]
     assert "eps" not in optimizer.param_groups[0]
     with pytest.raises(InputError, match="differ"):
         SGD_AGC([{"params": model.parameters(), "eps": 0.5, "clip_eps": 0.25}], lr=0.1)
     adams = torch.optim.AdamW([{"params": list(model.parameters())}]).param_groups
-    assert said(SGD_AGC(adams, lr=0.1), "clip_eps") == [(1e-3,)]
+    assert settings_of(SGD_AGC(adams, lr=0.1), "clip_eps") == [(1e-3,)]
     zero = nn.Parameter(torch.zeros(3))
     zero.grad = torch.ones(3)
     adaptive_clip_grad_(SGD_AGC([zero], lr=0.1, clipping=0.1, eps=0.5).param_groups)
@@ -187,14 +187,14 @@ def test_arguments_of_param_groups():
     model = small()
     with pytest.raises(InputError, match="takes the model"):
         param_groups(list(model.parameters()), classifier=model[3])
-    with pytest.raises(InputError, match="classifier given, Flatten, has no weight"):
+    with pytest.raises(InputError, match="given classifier, Flatten, has no weight"):
         param_groups(model, classifier=model[2])
     for options in ({"weight_decay": -1.0}, {"weight_decay": float("nan")}, {"weight_decay": None}, {"clipping": 0.0}):
         with pytest.raises(InputError, match=next(iter(options))):
             roles(model, **options)
     one, listed = roles(model, exempt=model[0]), roles(model, exempt=[model[0]])
     assert [len(group["params"]) for group in one] == [len(group["params"]) for group in listed]
-    with pytest.raises(InputError, match="exempt module str is no layer"):
+    with pytest.raises(InputError, match="exempt module str is not a layer"):
         roles(model, exempt=["0"])
     with pytest.raises(InputError, match="lazy layers"):
         param_groups(nn.Sequential(nn.LazyLinear(2)), classifier=None)
@@ -202,11 +202,11 @@ def test_arguments_of_param_groups():
     assert param_groups(nested, classifier=None, exempt=nested[0])[-1]["clipping"] is None
     params = model.parameters()
     assert list(params)
-    with pytest.raises(InputError, match="gone through once"):
+    with pytest.raises(InputError, match="iterated only once"):
         adaptive_clip_grad_(params)
     fill_gradients(model)
     assert adaptive_clip_grad_([{"params": model[0].weight}]).units == (4,)  # a tensor is not taken for its rows
-    with pytest.raises(InputError, match="3 groups of a transposed convolution"):
+    with pytest.raises(InputError, match="transposed convolution of 3 groups"):
         adaptive_clip_grad_([{"params": [model[1].weight], "transposed": 3}])
 
 
@@ -230,9 +230,9 @@ def test_states_written_without_agc(make):
     plain = make([{"params": group["params"]} for group in roles(twin)])
     step(twin, plain)
     plain.param_groups[0]["lr"] = 0.75
-    before = said(optimizer, "clipping", "clip_eps", "units")
+    before = settings_of(optimizer, "clipping", "clip_eps", "units")
     optimizer.load_state_dict(plain.state_dict())
-    assert said(optimizer, "clipping", "clip_eps", "units") == before
+    assert settings_of(optimizer, "clipping", "clip_eps", "units") == before
     assert optimizer.param_groups[1]["transposed"] == 1
     assert optimizer.param_groups[0]["lr"] == 0.75
     fill_gradients(model)
@@ -258,7 +258,7 @@ def test_states_written_with_agc():
     step(twin, loading)
     AGC(loading)
     expected = [(0.05,), (0.05,), (0.05,), (None,), (0.05,)]
-    assert said(saving, "clipping") == said(loading, "clipping") == expected
+    assert settings_of(saving, "clipping") == settings_of(loading, "clipping") == expected
     with pytest.raises(ValueError, match="number of parameter groups"):
         loading.load_state_dict(torch.optim.AdamW(twin.parameters()).state_dict())
 
@@ -271,7 +271,7 @@ def test_states_of_torch_sgd():
     model.load_state_dict(twin.state_dict())
     optimizer = SGD_AGC(roles(model), lr=3.0, clipping=None, weight_decay=0.0, eps=0.25)
     optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))  # torch would share the momenta
-    assert set(said(optimizer, "lr", "momentum", "clipping", "clip_eps")) == {(0.1, 0.8, None, 0.25)}
+    assert set(settings_of(optimizer, "lr", "momentum", "clipping", "clip_eps")) == {(0.1, 0.8, None, 0.25)}
     for _ in range(3):
         step(model, optimizer)
         step(twin, plain)
@@ -279,7 +279,7 @@ def test_states_of_torch_sgd():
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
     clipping = SGD_AGC(roles(model), lr=0.1)
     clipping.load_state_dict(plain.state_dict())
-    assert said(clipping, "clipping") == [(0.01,), (0.01,), (0.01,), (None,)]
+    assert settings_of(clipping, "clipping") == [(0.01,), (0.01,), (0.01,), (None,)]
     fill_gradients(model)
     clipping.step()
     assert clipping.stats.clipped_fraction == 1
@@ -294,7 +294,7 @@ def test_states_of_former_versions_and_without_momentum():
     group["eps"] = group.pop("clip_eps")
     other = SGD_AGC(small().parameters(), lr=0.2)
     other.load_state_dict(state)
-    assert said(other, "lr", "clip_eps") == [(0.1, 0.25)]
+    assert settings_of(other, "lr", "clip_eps") == [(0.1, 0.25)]
     for entry in state["state"].values():
         entry["momentum_buffer"] = None  # as SGD without momentum once wrote
     other.load_state_dict(state)

@@ -66,7 +66,7 @@ def test_steps_that_average_are_steps_and_updates(dtype):
         assert torch.allclose(a, b, rtol=1e-5)
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for options in ({"ema": emas[0]}, {"ema_step": 3}):
-        with pytest.raises(InputError, match="given together"):
+        with pytest.raises(InputError, match="must be given together"):
             optimizers[0].step(**options)
 
 

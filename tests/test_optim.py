@@ -193,7 +193,7 @@ def test_param_groups_of_other_models():
     assert groups[-1]["params"] == [model[2].weight]  # a head of one class is a weight all the same
     assert groups[-1]["clipping"] is None
     assert all("clipping" not in g for g in param_groups(model, classifier=None))
-    with pytest.raises(InputError, match="no layer of the model"):
+    with pytest.raises(InputError, match="not a layer of the model"):
         param_groups(model, classifier=nn.Linear(4, 1))
     model[0].requires_grad_(False)
     assert sum(len(g["params"]) for g in param_groups(model, classifier=model[2])) == 2

@@ -203,7 +203,7 @@ def test_wrong_order_and_ranges():
     sam = SAM(optimizer)
     with pytest.raises(InputError, match="needs gradients"):
         sam.ascend()
-    with pytest.raises(InputError, match=r"needs ascend\(\) before"):
+    with pytest.raises(InputError, match=r"needs ascend\(\) first"):
         sam.restore()
     loss(model).backward()
     sam.ascend()

@@ -2,9 +2,9 @@
 
     for every unit i:   G_i <- G_i * min(1, λ * max(‖W_i‖, ε) / ‖G_i‖)
 
-A unit is one output channel of a convolution or linear layer (dimension 0), one row of an embedding, and the whole of
-a bias, gain or scalar. Norms of half-precision tensors are taken in float32. Sharded parameters (FSDP2, DTensor) give
-what they would give on one device: rows are whole on one rank, and what is not takes one all-reduce for all of them.
+A unit is one output channel of a convolution or linear layer (dimension 0), one row of an embedding, or the whole of a
+bias, gain or scalar. Norms of half-precision tensors are computed in float32. Sharded parameters (FSDP2, DTensor) give
+the single-device result: one all-reduce serves all units that are split across ranks.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from normfree.optim.groups import (
     Default,
     Units,
     as_groups,
-    check_names,
-    clipping_of,
-    keep_missing,
-    settle,
+    check_keys,
+    clipping_settings,
+    default_settings,
+    fill_missing,
 )
+from normfree.optim.shards import by_process_groups, first_local_row, is_sharded, local, shard_groups
 from normfree.optim.sweep import Item, sweep
 
 MIN_GRADIENT_NORM = 1e-6  # in the divisor only, as in the released code
 
 
 def is_vector(parameter: Tensor) -> bool:
-    """Whether AGC takes the whole of `parameter` as one unit: at most one dimension is longer than 1.
+    """Whether AGC treats all of `parameter` as one unit: at most one dimension is longer than 1.
 
-    So is a gain of shape (C, 1, 1, 1) as some libraries store it; the released code squeezes too.
+    This includes gains of shape (C, 1, 1, 1), which some libraries store; the released code squeezes, too.
     """
     return sum(size > 1 for size in parameter.shape) <= 1
 
 
 def unitwise_norm(tensor: Tensor) -> Tensor:
     """Euclidean norm of each unit, broadcastable against `tensor`: (out, 1, ..., 1), or shape () for vectors."""
-    if is_vector(tensor):
-        return torch.linalg.vector_norm(tensor, dtype=wide(tensor.dtype))
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=wide(tensor.dtype))
+    dims = None if is_vector(tensor) else tuple(range(1, tensor.ndim))
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=at_least_float32(tensor.dtype))
 
 
 def adaptive_clip_reference_(parameter: Tensor, grad: Tensor, clipping: float, eps: float = 1e-3) -> Tensor:
-    """The rule above, one tensor at a time and as it is written; returns the mask of clipped units."""
+    """The rule for one tensor, written as in the paper. Clips `grad` in place; returns the mask of clipped units."""
     limit = clipping * unitwise_norm(parameter).clamp(min=eps)
     norm = unitwise_norm(grad)
     clipped = (norm > limit) & norm.isfinite()
@@ -61,13 +61,13 @@ def adaptive_clip_reference_(parameter: Tensor, grad: Tensor, clipping: float, e
 
 @dataclass(frozen=True)
 class AGCStats:
-    """What one clipping did. Everything stays on the device until it is asked for as a number.
+    """Statistics of one clipping. Tensors stay on the device until a number is read from them.
 
     Attributes:
         params: the P parameters that had a gradient.
-        units: number of units of each of them.
-        clipped: tensor (P,), how many of them were clipped.
-        ratios: tensor (P,), the largest ‖G_i‖ / max(‖W_i‖, ε) before clipping; not finite if a gradient was not.
+        units: number of units in each parameter.
+        clipped: tensor (P,), number of clipped units in each parameter.
+        ratios: tensor (P,), largest ‖G_i‖ / max(‖W_i‖, ε) before clipping; not finite if a gradient was not.
     """
 
     params: tuple[Tensor, ...] = ()
@@ -77,104 +77,92 @@ class AGCStats:
 
     @property
     def num_units(self) -> int:
+        """Number of units in all parameters."""
         return sum(self.units)
 
     @property
     def clipped_fraction(self) -> float:
-        """Share of all units that were clipped, in [0, 1]; waits for the device."""
+        """Share of all units that were clipped, in [0, 1]. Reading it waits for the device."""
         return self.clipped.sum().item() / self.num_units if self.params else 0.0
 
     @property
     def max_ratio(self) -> Tensor:
-        """Tensor (), the largest of `ratios`, 0 without parameters."""
+        """Scalar tensor, the largest of `ratios`; 0 without parameters."""
         return self.ratios.max() if self.params else torch.zeros(())
 
 
-# --- how one tensor is cut into units ---
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which norms are summed: half precision would overflow at 65504, or lose digits."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums over elements of `dtype`: in half precision they would overflow at 65504 or lose digits."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-class _Whole:
-    """One unit: vectors, scalars, and every tensor where units are tensors."""
-
-    size = 1
-
-    def norms(self, tensor: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(tensor, dtype=wide(tensor.dtype)).view(1)
-
-    def spread(self, factors: Tensor, ndim: int) -> Tensor:
-        return factors.view(())
-
-
-class _Rows:
-    """A unit for each index of dimension 0: weights of convolutions, of linear layers, of embeddings."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def norms(self, tensor: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=wide(tensor.dtype))
-
-    def spread(self, factors: Tensor, ndim: int) -> Tensor:
-        return factors.view(-1, *[1] * (ndim - 1))
-
-
-class _Transposed:
-    """Transposed convolutions, weight (in, out / groups, ...): input row r of this rank belongs to group `group[r]`."""
-
-    def __init__(self, group: Tensor, groups: int, columns: int):
-        self.group, self.groups, self.columns, self.size = group, groups, columns, groups * columns
-
-    def norms(self, tensor: Tensor) -> Tensor:
-        rows = torch.linalg.vector_norm(tensor.flatten(2), dim=2, dtype=wide(tensor.dtype))
-        return rows.new_zeros(self.groups, self.columns).index_add_(0, self.group, rows.square()).sqrt().view(-1)
-
-    def spread(self, factors: Tensor, ndim: int) -> Tensor:
-        rows = factors.view(self.groups, self.columns)[self.group]
-        return rows.view(*rows.shape, *[1] * (ndim - 2))
-
-
 @dataclass(frozen=True)
-class Piece:
-    """What this rank has of one parameter and of its gradient, and how it is clipped."""
+class LocalParam:
+    """This rank's part of a parameter and its gradient, its units, and how to clip them."""
 
     param: Tensor
     weight: Tensor
     grad: Tensor
-    cut: _Whole | _Rows | _Transposed
     num_units: int  # of the whole parameter
+    num_local: int  # on this rank
+    whole: bool  # all of it is one unit; otherwise each index of dimension 0 is one
     clipping: float | None
     eps: float
-    split: tuple[Any, ...] = ()  # process groups over whose ranks a unit is split
-    parted: tuple[Any, ...] = ()  # process groups over whose ranks whole units are
+    row_groups: Tensor | None = None  # for transposed convolutions (in, out / groups, ...): the group of each row
+    reduce_groups: tuple[Any, ...] = ()  # process groups whose ranks hold parts of the same units
+    gather_groups: tuple[Any, ...] = ()  # process groups whose ranks hold different units
 
-    def item(self, **update: Any) -> Item | None:
-        """The same for the native sweep; None for what it does not take."""
-        if library() is None or (self.clipping is not None and (self.split or isinstance(self.cut, _Transposed))):
+    def norms(self, t: Tensor) -> Tensor:
+        """Norms of the units of `t`, which is the weight or the gradient: (num_local,)."""
+        dtype = at_least_float32(t.dtype)
+        if self.whole:
+            return torch.linalg.vector_norm(t, dtype=dtype).view(1)
+        if self.row_groups is None:
+            return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=dtype)
+        squares = torch.linalg.vector_norm(t.flatten(2), dim=2, dtype=dtype).square()
+        sums = squares.new_zeros(self.num_local // t.shape[1], t.shape[1])
+        return sums.index_add_(0, self.row_groups, squares).sqrt().view(-1)
+
+    def expand(self, factors: Tensor) -> Tensor:
+        """Factors of the units, (num_local,), in a shape that broadcasts against the gradient."""
+        ndim = self.grad.ndim
+        if self.whole:
+            return factors.view(())
+        if self.row_groups is None:
+            return factors.view(-1, *[1] * (ndim - 1))
+        rows = factors.view(-1, self.grad.shape[1])[self.row_groups]
+        return rows.view(*rows.shape, *[1] * (ndim - 2))
+
+    def sweep_item(self, **update: Any) -> Item | None:
+        """The arguments of the native sweep, with an optimizer update; None if it does not support this parameter."""
+        if library() is None or (self.clipping is not None and (self.reduce_groups or self.row_groups is not None)):
             return None
-        item = Item(self.weight, self.grad, isinstance(self.cut, _Whole), self.clipping, self.eps, **update)
+        item = Item(self.weight, self.grad, self.whole, self.clipping, self.eps, **update)
         return item if item.fits else None
 
 
-def piece_of(
+def local_param(
     p: Tensor, clipping: float | None, eps: float, units: Units, transposed: int, dense: bool = False
-) -> Piece:
-    """How a parameter with a gradient is cut. `transposed`: 0, or the groups of the transposed convolution it is of."""
+) -> LocalParam:
+    """Divides a parameter that has a gradient into units.
+
+    `transposed` is the number of groups if `p` belongs to a transposed convolution, else 0. With `dense`, a sparse
+    gradient is made dense.
+    """
     grad = p.grad
     assert grad is not None
     if p.is_complex():
-        raise InputError("a complex parameter has no place in adaptive gradient clipping: clip its real view")
+        raise InputError("adaptive gradient clipping does not take complex parameters: clip their real view")
     if getattr(p, "_fsdp_flattened", False):
-        raise InputError("FSDP1's flat parameters do not show units: use FSDP2, torch.distributed.fsdp.fully_shard")
+        raise InputError("FSDP1's flat parameters hide the units: use FSDP2, torch.distributed.fsdp.fully_shard")
     whole = units == "tensor" or is_vector(p)
-    total = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
-    weight, start, split, parted = p, 0, (), ()
+    num_units = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
+    weight, first_row, row_groups, reduce_groups, gather_groups = p, 0, None, (), ()
     if is_sharded(p):
-        weight, grad, start, split, parted = _shard(p, None if whole else 1 if transposed else 0)
+        weight, grad, first_row = local(p), local(grad), first_local_row(p)
+        unit_dim = None if whole else 1 if transposed else 0
+        reduce_groups = tuple(group for group, dim in shard_groups(p) if dim != unit_dim)
+        gather_groups = tuple(group for group, dim in shard_groups(p) if dim == unit_dim)
     elif p.layout != torch.strided or grad.layout not in (torch.strided, torch.sparse_coo):
         raise InputError(f"a parameter of layout {p.layout} with a gradient of layout {grad.layout}: keep it dense")
     elif grad.is_sparse and (dense or grad.sparse_dim() > 1):
@@ -182,153 +170,120 @@ def piece_of(
     elif grad.is_sparse:
         p.grad = grad = grad.coalesce()
         weight, grad = p if whole else p.index_select(0, grad.indices()[0]), grad.values()
-    if whole:
-        cut = _Whole()
-    elif not transposed:
-        cut = _Rows(len(weight))
-    elif p.shape[0] % transposed or parted:
-        shape = f"{tuple(p.shape)}, of which only dimension 0, the input channels, may be sharded"
-        raise InputError(f"{transposed} groups of a transposed convolution do not fit a weight of {shape}")
-    else:
-        row = torch.arange(start, start + len(weight), device=p.device)
-        cut = _Transposed(row // (p.shape[0] // transposed), transposed, p.shape[1])
-    return Piece(p, weight, grad, cut, total, clipping, eps, split, parted)
-
-
-def is_sharded(p: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
-    if type(p) in (torch.nn.Parameter, Tensor) or not (dist.is_available() and dist.is_initialized()):
-        return False  # first what is quick to tell, for each parameter in each step
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(p, DTensor)
-
-
-def local(t: Any) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
-    return t.to_local() if is_sharded(t) else t
-
-
-def _shard(p: Any, unit_dim: int | None) -> tuple[Tensor, Tensor, int, tuple, tuple]:
-    """Weight, gradient and first row of this rank; `split` and `parted` of the piece. Units lie along `unit_dim`."""
-    from torch.distributed.tensor import Partial, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if p.grad.placements != p.placements or any(isinstance(place, Partial) for place in p.placements):
-        raise InputError(f"a gradient placed as {p.grad.placements} of a parameter placed as {p.placements}")
-    shards = [
-        (p.device_mesh.get_group(i), place.dim) for i, place in enumerate(p.placements) if isinstance(place, Shard)
-    ]
-    split, parted = (tuple(group for group, dim in shards if (dim == unit_dim) == whole) for whole in (False, True))
-    start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0] if p.ndim else 0
-    return p.to_local(), p.grad.to_local(), start, split, parted
+    num_local = num_units if whole or transposed else len(weight)
+    if transposed and not whole:
+        if p.shape[0] % transposed or gather_groups:
+            allowed = "a multiple of that in dimension 0, the only one that may be sharded"
+            raise InputError(f"a transposed convolution of {transposed} groups and shape {tuple(p.shape)}: {allowed}")
+        rows = torch.arange(first_row, first_row + len(weight), device=p.device)
+        row_groups = rows // (p.shape[0] // transposed)
+    return LocalParam(
+        p, weight, grad, num_units, num_local, whole, clipping, eps, row_groups, reduce_groups, gather_groups
+    )
 
 
 # --- the rule, for many tensors at once ---
 
 
-def _norms(tensors: Sequence[Tensor], cuts: Sequence[_Whole | _Rows | _Transposed]) -> list[Tensor]:
-    """Norms of the units of each tensor (its part on this rank), as vectors; whole tensors in one batched call."""
+def _norms(params: Sequence[LocalParam], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Norms of the units of each tensor, as vectors. Tensors that are one unit take one batched call."""
     batches: dict[torch.dtype, list[Tensor]] = {}
-    for tensor, cut in zip(tensors, cuts, strict=True):
-        if isinstance(cut, _Whole):
-            batches.setdefault(tensor.dtype, []).append(tensor)
-    batched = {dtype: iter(torch._foreach_norm(batch, dtype=wide(dtype))) for dtype, batch in batches.items()}
-    return [
-        next(batched[tensor.dtype]).view(1) if isinstance(cut, _Whole) else cut.norms(tensor)
-        for tensor, cut in zip(tensors, cuts, strict=True)
-    ]
+    for p, t in zip(params, tensors, strict=True):
+        if p.whole:
+            batches.setdefault(t.dtype, []).append(t)
+    norms = {dtype: iter(torch._foreach_norm(batch, dtype=at_least_float32(dtype))) for dtype, batch in batches.items()}
+    return [next(norms[t.dtype]).view(1) if p.whole else p.norms(t) for p, t in zip(params, tensors, strict=True)]
 
 
-def _join_split(norms: list[Tensor], pieces: Sequence[Piece]) -> None:
-    """Norms of units that are split over ranks, from those of their parts: one all-reduce for each kind of split."""
-    kinds: dict[tuple, list[int]] = {}
-    for i in range(len(norms)):
-        if split := pieces[i % len(pieces)].split:
-            kinds.setdefault(split, []).append(i)
-    for split, members in kinds.items():
-        joined = torch.cat([norms[i] for i in members]).square_()
-        for group in split:
-            dist.all_reduce(joined, group=group)
-        for i, part in zip(members, joined.sqrt_().split([len(norms[i]) for i in members]), strict=True):
-            norms[i] = part
+def _reduce_norms(params: Sequence[LocalParam], norms: list[Tensor]) -> None:
+    """Turns norms of parts of units into norms of units, with one all-reduce for each set of process groups."""
+    split = by_process_groups((p.reduce_groups, i) for i, p in enumerate(params) if p.reduce_groups)
+    for groups, indices in split.items():
+        squares = torch.cat([norms[i] for i in indices]).square_()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        for i, norm in zip(indices, squares.sqrt_().split([len(norms[i]) for i in indices]), strict=True):
+            norms[i] = norm
 
 
-def _join_parted(stats: Tensor, pieces: Sequence[Piece]) -> None:
-    """Counts (row 0) and largest ratios (row 1) of parameters whose units lie on several ranks, in place."""
-    kinds: dict[tuple, list[int]] = {}
-    for i, piece in enumerate(pieces):
-        if piece.parted:
-            kinds.setdefault(piece.parted, []).append(i)
-    for parted, members in kinds.items():
-        for group in parted:
-            mine = stats[:, members].contiguous()
-            everyone = mine.new_empty(2 * dist.get_world_size(group), len(members))
-            dist.all_gather_into_tensor(everyone, mine, group=group)
-            everyone = everyone.view(-1, *mine.shape)
-            stats[:, members] = torch.stack([everyone[:, 0].sum(0), everyone[:, 1].amax(0)])
+def _gather_stats(params: Sequence[LocalParam], stats: Tensor) -> None:
+    """Combines counts (row 0) and largest ratios (row 1) of parameters whose units lie on several ranks, in place."""
+    spread = by_process_groups((p.gather_groups, i) for i, p in enumerate(params) if p.gather_groups)
+    for groups, indices in spread.items():
+        for group in groups:
+            mine = stats[:, indices].contiguous()
+            gathered = mine.new_empty(2 * dist.get_world_size(group), len(indices))
+            dist.all_gather_into_tensor(gathered, mine, group=group)
+            gathered = gathered.view(-1, *mine.shape)
+            stats[:, indices] = torch.stack([gathered[:, 0].sum(0), gathered[:, 1].amax(0)])
 
 
-def _parts(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Vectors of these sizes, or of a 0 in place of nothing."""
-    return [part if len(part) else values.new_zeros(1) for part in values.split(list(sizes))]
+def _split(values: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Vectors of these sizes; a single 0 in place of an empty one, which has no maximum."""
+    return [part if len(part) else values.new_zeros(1) for part in values.split(sizes)]
 
 
-def _clip(pieces: Sequence[Piece], clipping: float, eps: float, grad_scale: Tensor | None) -> Tensor:
-    """Clips the gradients of parameters on one device; counts of clipped units and largest ratios, (2, P)."""
-    cuts, grads = [piece.cut for piece in pieces], [piece.grad for piece in pieces]
-    tensors, num = [piece.weight for piece in pieces] + grads, len(pieces)
-    norms = _norms(tensors, cuts * 2)
+def _clip(params: Sequence[LocalParam], clipping: float, eps: float, grad_scale: Tensor | None) -> Tensor:
+    """Clips the gradients of P parameters on one device; returns counts of clipped units and largest ratios, (2, P)."""
+    grads = [p.grad for p in params]
+    twice, tensors = [*params, *params], [p.weight for p in params] + grads
+    norms = _norms(twice, tensors)
     if grads[0].device.type == "cpu" and not math.isfinite(torch.cat(norms).sum().item()):
-        # Squares may have overflowed where norms do not. Elsewhere than on a CPU asking would make the host wait.
-        norms = [c.norms(t.double()).to(norm.dtype) for c, t, norm in zip(cuts * 2, tensors, norms, strict=True)]
-    _join_split(norms, pieces)
-    weight_norms, grad_norms = torch.cat(norms[:num]).clamp_(min=eps), torch.cat(norms[num:])
+        # Squares may overflow where norms do not. On other devices this check would make the host wait.
+        norms = [p.norms(t.double()).to(norm.dtype) for p, t, norm in zip(twice, tensors, norms, strict=True)]
+    _reduce_norms(twice, norms)
+    weight_norms, grad_norms = torch.cat(norms[: len(params)]).clamp_(min=eps), torch.cat(norms[len(params) :])
     if grad_scale is not None:
         weight_norms = weight_norms * grad_scale.to(weight_norms.device)
     limits = weight_norms * clipping
-    clipped = (grad_norms > limits) & grad_norms.isfinite()  # what is not finite stays so, to be seen
+    clipped = (grad_norms > limits) & grad_norms.isfinite()  # what is not finite is left so, for others to notice
     factors = torch.where(clipped, limits / grad_norms.clamp(min=MIN_GRADIENT_NORM), 1.0)
-    sizes = [cut.size for cut in cuts]
-    parts = zip(cuts, factors.split(sizes), grads, strict=True)
-    torch._foreach_mul_(grads, [cut.spread(part, grad.ndim) for cut, part, grad in parts])
-
-    # sums and maxima of each tensor's units as norms: an index would have to be copied to the device, and waited for
-    ratios = _parts(grad_norms / weight_norms, sizes)
-    counts = torch._foreach_norm(_parts(clipped.to(factors.dtype), sizes), 1)
-    return torch.stack([torch.stack(counts), torch.stack(torch._foreach_norm(ratios, math.inf))])
+    sizes = [p.num_local for p in params]
+    torch._foreach_mul_(grads, [p.expand(part) for p, part in zip(params, factors.split(sizes), strict=True)])
+    # Sums and maxima over the units of a tensor are computed as norms: an index would have to be copied to the device.
+    counts = torch._foreach_norm(_split(clipped.to(factors.dtype), sizes), 1)
+    ratios = torch._foreach_norm(_split(grad_norms / weight_norms, sizes), math.inf)
+    return torch.stack([torch.stack(counts), torch.stack(ratios)])
 
 
-def clip_pieces_(
-    pieces: Sequence[Piece], updates: Sequence[Mapping[str, Any]] = (), grad_scale: Tensor | None = None
+def clip_local_params_(
+    params: Sequence[LocalParam], updates: Sequence[Mapping[str, Any]] = (), grad_scale: Tensor | None = None
 ) -> tuple[AGCStats, set[int]]:
-    """Clips in the native sweep, or where it cannot by batched operations.
+    """Clips with the native sweep where it supports a parameter, else with batched operations.
 
-    `updates`: of each piece, which the sweep makes with it. Returns also which pieces were swept, by number.
+    `updates` holds the optimizer update of each parameter, which the sweep applies in the same pass. Returns the
+    statistics and the indices of the parameters that the sweep took, and thereby updated.
     """
-    swept: dict[int, Item] = {}
+    items: dict[int, Item] = {}
     batches: dict[tuple[float, float, str], list[int]] = {}
-    for i, piece in enumerate(pieces):
-        item = piece.item(**(updates[i] if updates else {})) if grad_scale is None else None
+    for i, p in enumerate(params):
+        item = p.sweep_item(**(updates[i] if updates else {})) if grad_scale is None else None
         if item is not None:
-            swept[i] = item
-        elif piece.clipping is not None:
-            batches.setdefault((piece.clipping, piece.eps, str(piece.param.device)), []).append(i)
-    found, order = [sweep(list(swept.values()))] if swept else [], list(swept)
-    for key, members in sorted(batches.items()):  # in one order on all ranks, whatever each of them swept
-        found.append(_clip([pieces[i] for i in members], *key[:2], grad_scale))
-        order += members
-    columns = torch.cat([part.to(found[-1].device) for part in found], 1) if found else torch.zeros(2, 0)
-    clipped = [i for i, piece in enumerate(pieces) if piece.clipping is not None]
+            items[i] = item
+        elif p.clipping is not None:
+            batches.setdefault((p.clipping, p.eps, str(p.param.device)), []).append(i)
+    stats, order = [sweep(list(items.values()))] if items else [], list(items)
+    for (clipping, eps, _), batch in sorted(batches.items()):  # the same order of collectives on all ranks
+        stats.append(_clip([params[i] for i in batch], clipping, eps, grad_scale))
+        order += batch
+    columns = torch.cat([part.to(stats[-1].device) for part in stats], 1) if stats else torch.zeros(2, 0)
+    clipped = [i for i, p in enumerate(params) if p.clipping is not None]
     if order != clipped:
-        place = dict(zip(order, columns.unbind(1), strict=True))
-        columns = torch.stack([place[i] for i in clipped], 1) if clipped else columns[:, :0]
-    _join_parted(columns, [pieces[i] for i in clipped])
-    whole = tuple((pieces[i].param, pieces[i].num_units) for i in clipped)
-    return AGCStats(tuple(p for p, _ in whole), tuple(num for _, num in whole), *columns), set(swept)
+        column = dict(zip(order, columns.unbind(1), strict=True))
+        columns = torch.stack([column[i] for i in clipped], 1) if clipped else columns[:, :0]
+    _gather_stats([params[i] for i in clipped], columns)
+    num_units = tuple(params[i].num_units for i in clipped)
+    return AGCStats(tuple(params[i].param for i in clipped), num_units, *columns), set(items)
 
 
 @torch.no_grad()
+def _clip_groups(groups: Iterable[Mapping[str, Any]], grad_scale: Tensor | None) -> AGCStats:
+    """Clips the gradients of groups that have all settings."""
+    settings = [(group["params"], clipping_settings(group)) for group in groups]
+    members = [(p, own) for params, own in settings for p in params if own[0] is not None and p.grad is not None]
+    return clip_local_params_([local_param(p, *own) for p, own in members], grad_scale=grad_scale)[0]
+
+
 def adaptive_clip_grad_(
     params_or_groups: Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]],
     clipping: float | None = Default(0.01),
@@ -337,24 +292,24 @@ def adaptive_clip_grad_(
     units: Units | None = None,
     grad_scale: Tensor | None = None,
 ) -> AGCStats:
-    """Clips the gradients of parameters in place, unit by unit, as `torch.nn.utils.clip_grad_norm_` does globally.
+    """Clips gradients in place, unit by unit. A counterpart of `torch.nn.utils.clip_grad_norm_`.
 
-    Call it once per optimizer step, on gradients that are summed over micro-batches and synchronised. Sharded
-    parameters need it on all ranks at once.
+    Call it once per optimizer step, after gradients are summed over micro-batches and synchronised. With sharded
+    parameters, call it on all ranks.
 
     Args:
-        params_or_groups: parameters, or optimizer groups, which may have their own `clipping` (None: left alone),
-            `clip_eps`, `units` and `transposed`; the arguments are for those that do not. `param_groups(model)` writes
-            groups by the roles of the layers, which tensors alone do not tell: leaves the classifier weight out
-            (paper 4.1) and finds transposed convolutions. Parameters without a gradient are passed over.
+        params_or_groups: parameters, or optimizer groups. A group may set `clipping` (None: not clipped), `clip_eps`,
+            `units` and `transposed`; the arguments apply to groups that do not. `param_groups(model)` exempts the
+            classifier's weight (paper 4.1) and marks transposed convolutions, which tensors alone do not reveal.
+            Parameters without a gradient are skipped.
         clipping: λ > 0, the largest ratio of gradient norm to weight norm; 0.01 suits batches of 1024 to 4096.
-        eps: ε > 0, the smallest weight norm that is believed, so that zero-initialised parameters can move.
-        units: "channel" as in the paper (the default), or "tensor": one norm for each whole parameter.
-        grad_scale: tensor (), what gradients have been multiplied by (loss scaling) and stay multiplied by.
+        eps: ε > 0, a lower bound on the weight norm, which lets zero-initialised parameters move.
+        units: "channel" as in the paper (the default), or "tensor", one norm for each parameter.
+        grad_scale: scalar tensor, the loss scale that gradients still carry.
 
     Raises:
-        InputError: λ, ε or units out of range, or given though all groups have others of their own; a misspelt key in
-            a group; complex parameters; flat parameters of FSDP1; sparse parameters (gradients may be).
+        InputError: λ, ε or units out of range, or given although all groups set others; a misspelt key in a group;
+            complex parameters; flat parameters of FSDP1; sparse parameters (sparse gradients are fine).
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -363,14 +318,14 @@ def adaptive_clip_grad_(
         1.0
     """
     groups = as_groups(params_or_groups)
-    settings = settle(groups, clipping, eps, units)
-    own = [(group["params"], clipping_of({**settings, **group})) for group in groups]
-    members = [(p, how) for params, how in own for p in params if how[0] is not None and p.grad is not None]
-    return clip_pieces_([piece_of(p, *how) for p, how in members], grad_scale=grad_scale)[0]
+    settings = default_settings(groups, clipping, eps, units)
+    for group in groups:
+        check_keys(frozenset(group))
+    return _clip_groups([settings | group for group in groups], grad_scale)
 
 
 class AGC:
-    """Puts adaptive gradient clipping in front of any torch optimizer's step.
+    """Clips gradients before each step of any torch optimizer.
 
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.AdamW(model.parameters())
@@ -381,16 +336,18 @@ class AGC:
         1.0
         >>> agc.detach()                             # the optimizer as it was
 
-    A group of the optimizer may carry its own `clipping`, None to be left alone (`param_groups` writes them); others
-    get the arguments as `clipping`, `clip_eps` and `units`, which the optimizer's `state_dict` keeps. A state that was
-    written without them leaves them as they are. With a closure, the gradients that it computes are clipped. A
-    GradScaler may be used with every optimizer: those that unscale gradients themselves have them clipped against the
-    scaled limit. Copy or pickle the `AGC`, which holds the optimizer: torch's optimizers by themselves are copied
-    without what is attached to them.
+    A group of the optimizer may set its own `clipping`, None to exempt it (see `param_groups`). The arguments fill the
+    other groups as `clipping`, `clip_eps` and `units`, and the optimizer's `state_dict` keeps them. Loading a state
+    without these keys leaves them unchanged. With a closure, the gradients that it computes are clipped. Any optimizer
+    may be used with a GradScaler; for those that unscale gradients themselves, the limit is scaled instead. Copy or
+    pickle the `AGC`, which holds the optimizer: a copy of a torch optimizer alone loses its hooks.
+
+    Attributes:
+        stats: `AGCStats` of the last step.
 
     Raises:
-        InputError: λ, ε or units out of range, or given though all groups have others of their own; a misspelt key in
-            a group; an optimizer that clips already.
+        InputError: λ, ε or units out of range, or given although all groups set others; a misspelt key in a group; an
+            optimizer that already clips.
     """
 
     def __init__(
@@ -400,16 +357,16 @@ class AGC:
         eps: float = Default(1e-3),
         units: Units | None = None,
     ):
-        self._settings = settle(optimizer.param_groups, clipping, eps, units)
+        self._settings = default_settings(optimizer.param_groups, clipping, eps, units)
         self.optimizer, self.stats = optimizer, AGCStats()
-        self._added: set[tuple[int, str]] = set()  # which keys are ours, in groups by number: loading replaces groups
+        self._added: set[tuple[int, str]] = set()  # (group, key) that came from here; loading a state replaces groups
         self._fill()
         self._attach()
 
     def _attach(self) -> None:
         hooks = self.optimizer._optimizer_step_pre_hooks.values()
         if "clip_eps" in self.optimizer.defaults or any(isinstance(getattr(h, "__self__", None), AGC) for h in hooks):
-            raise InputError(f"this {type(self.optimizer).__name__} clips already: detach() its AGC, if it has one")
+            raise InputError(f"this {type(self.optimizer).__name__} already clips: detach() its AGC, if it has one")
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_load_state_dict_pre_hook(self._before_load),
@@ -423,15 +380,15 @@ class AGC:
         self._attach()
 
     def _fill(self) -> None:
-        """Groups get the settings that they do not have; some may have come with `add_param_group`."""
+        """Adds missing settings to the groups, also to those that `add_param_group` has added since."""
         for group in self.optimizer.param_groups:
-            check_names(frozenset(group).difference(self.optimizer.defaults))
+            check_keys(frozenset(group).difference(self.optimizer.defaults))
         for number, group in enumerate(self.optimizer.param_groups):
             self._added |= {(number, key) for key in self._settings.keys() - group.keys()}
             group.update(self._settings | group)
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return state | {"param_groups": keep_missing(state["param_groups"], optimizer.param_groups, CLIPPING_KEYS)}
+        return state | {"param_groups": fill_missing(state["param_groups"], optimizer.param_groups, CLIPPING_KEYS)}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
@@ -449,13 +406,11 @@ class AGC:
 
     def _clip(self) -> None:
         self._fill()
-        scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
-        keys = ("params", *CLIPPING_KEYS)
-        groups = [{key: group[key] for key in keys if key in group} for group in self.optimizer.param_groups]
-        self.stats = adaptive_clip_grad_(groups, grad_scale=scale)
+        grad_scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
+        self.stats = _clip_groups(self.optimizer.param_groups, grad_scale)
 
     def detach(self) -> None:
-        """Takes the clipping and its settings out of the optimizer."""
+        """Removes the clipping and its settings from the optimizer."""
         for handle in self._handles:
             handle.remove()
         for number, key in self._added:

@@ -10,7 +10,7 @@ from normfree.errors import InputError
 def warmup_cosine(
     step: int, *, peak_lr: float, total_steps: int, warmup_steps: float = 0.0, final_lr: float = 0.0
 ) -> float:
-    """Learning rate of step `step`, counted from 0: linear from 0 to `peak_lr`, then half a cosine to `final_lr`.
+    """Learning rate of a step, counted from 0: linear warm-up to `peak_lr`, then half a cosine to `final_lr`.
 
         peak_lr * step / warmup_steps                                               before warmup_steps
         final_lr + (peak_lr - final_lr) * (1 + cos(pi * t)) / 2,

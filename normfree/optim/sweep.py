@@ -1,6 +1,6 @@
 """The update of all parameters in one pass through memory, on CPUs (native/sweep.cpp).
 
-Where the kernels are not at hand, the batched operations of agc.py, sgd.py and ema.py do the same.
+Without the kernels, the batched operations of agc.py, sgd.py and ema.py compute the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normfree.native import library
 
-CHUNK = 16384  # elements of the units of what is not clipped
+CHUNK = 16384  # elements in a unit of a parameter that is not clipped
 ITEM = np.dtype(
     [(name, np.uint64) for name in ("p", "g", "m", "e")]
     + [(name, np.int64) for name in ("numel", "unit")]
@@ -25,11 +25,11 @@ ITEM = np.dtype(
 
 @dataclass
 class Item:
-    """One parameter: its update, or with no momentum the clipping of its gradient alone."""
+    """The clipping and the update of one parameter; without a momentum buffer `m`, the clipping alone."""
 
     p: Tensor
     g: Tensor
-    whole: bool  # one unit, not one for each index of dimension 0
+    whole: bool  # one unit; otherwise each index of dimension 0 is one
     clipping: float | None
     eps: float
     m: Tensor | None = None
@@ -42,10 +42,10 @@ class Item:
 
     @property
     def fits(self) -> bool:
-        """Whether the sweep takes it: float32 on the CPU, units in one piece of memory, the same order everywhere."""
+        """Whether the sweep supports it: dense float32 on the CPU, contiguous units, equal strides in all tensors."""
         p = self.p
         shape, stride = p.shape, () if p.is_sparse else p.stride()
-        for t in (p, self.g, self.m, self.e):  # a plain loop: this runs for each parameter in each step
+        for t in (p, self.g, self.m, self.e):  # a plain loop is fastest: it runs for each parameter in each step
             if t is not None and (
                 t.device.type != "cpu"
                 or t.dtype != torch.float32
@@ -58,7 +58,7 @@ class Item:
 
 
 def sweep(items: Sequence[Item]) -> Tensor:
-    """Carries them out; counts of clipped units and largest ratios, (2, N). All must fit."""
+    """Clips and updates N items, which must all fit; returns counts of clipped units and largest ratios, (2, N)."""
     rows = []
     for item in items:
         numel = item.p.numel()
