@@ -23,6 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import normfree.native
 from normfree import functional
+from normfree.functional import dispatch
+from normfree.functional.pointwise import _GatedSum
+from normfree.functional.standardize import _standardize
 from normfree.layers import Activation
 from normfree.models import create_model
 from normfree.native import library, status
@@ -51,7 +54,7 @@ def way(request):
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
     """How often kernels of convolutions are called: "winograd forward", "... input", "... filters", "conv1x1 ..."."""
-    calls, run = Counter(), functional._run
+    calls, run = Counter(), dispatch.run
 
     def count(kernel: str, *args: object) -> None:
         name, _, gradient = kernel.partition("_")
@@ -60,7 +63,7 @@ def counted() -> Iterator[Counter[str]]:
         run(kernel, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_run", count)
+        patch.setattr(dispatch, "run", count)
         yield calls
 
 
@@ -400,7 +403,7 @@ def test_gated_sum_is_the_kernels_where_it_can_be():
         assert torch.equal(y, torch.addcmul(x, x, other))
     assert "Addcmul" in type(functional.gated_sum(x.contiguous(), leaf.contiguous(), gate).grad_fn).__name__
     inputs = leaves(x, x, gate, double=True)
-    assert gradgradcheck(functional._GatedSum.apply, [t[:1, :2] for t in inputs])
+    assert gradgradcheck(_GatedSum.apply, [t[:1, :2] for t in inputs])
 
 
 # --- convolution ---
@@ -514,8 +517,8 @@ def test_1x1_convolutions(size, out, batch, sides, biased, before, grad_format, 
 def test_gelu_within_convolutions(kernel, out, calls, passes, monkeypatch):
     """...rather than in a pass over the map before or behind them."""
     x, weight = draw(2, 32, 9, 7, memory_format=LAST), draw(out, 32, kernel, kernel, seed=1, memory_format=LAST)
-    found, run = [], functional._run
-    monkeypatch.setattr(functional, "_run", lambda name, *args: found.append(name) or run(name, *args))
+    found, run = [], dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda name, *args: found.append(name) or run(name, *args))
     args, geometry = (x, weight, draw(out, seed=2)), (ONE, (kernel // 2, kernel // 2), ONE, 1)
     truth = plain_conv2d(*args, *geometry, **activation("gelu"))
     found.clear()
@@ -669,7 +672,7 @@ def test_strided_vectors_single_images_and_defaults():
     strided = draw(64, 2)[:, 0]
     expected = plain_conv2d(x, weight, strided, ONE, ONE, ONE, 2)
     assert torch.allclose(conv(x, weight, strided, None), expected, atol=1e-4)
-    assert torch.equal(functional.standardize(weight, strided), functional._standardize(weight, strided, 1, 1, 1e-4, 0))
+    assert torch.equal(functional.standardize(weight, strided), _standardize(weight, strided, 1, 1, 1e-4, 0))
     assert torch.allclose(derived(conv, x[0], weight, grad=expected[0])[0], conv(x, weight)[0], atol=1e-4)
     usual = [conv(x, weight), *derived(functional.standardize, weight, strided.clone(), grad=weight)]
     try:
