@@ -136,6 +136,62 @@ def test_importing_the_package_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def test_optim_imports_nothing_beyond_torch_and_numpy():
+    """Not even further parts of torch, some of which take seconds."""
+    code = (
+        "import sys, numpy, torch; before = set(sys.modules); import normfree.optim;"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=True)
+    added = set(result.stdout.split())
+    assert "normfree" in added
+    assert not added - sys.stdlib_module_names - {"normfree"}
+
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions and methods of the package, nested ones included."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in FILES)
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, DEFINITIONS[:2])]
+
+
+def public_definitions() -> dict[str, bool]:
+    """Public functions, classes and methods, and whether each has a docstring; nested functions are left out."""
+    found: dict[str, bool] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, DEFINITIONS) and not node.name.startswith("_"):
+                found[f"{prefix}.{node.name}"] = ast.get_docstring(node) is not None
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}.{node.name}")
+
+    for name, path in MODULES.items():
+        if not any(part.startswith("_") for part in name.split(".")):
+            visit(ast.parse(path.read_text(encoding="utf-8")).body, name)
+    return found
+
+
+def test_public_names_have_docstrings():
+    found = public_definitions()
+    missing = [name for name, documented in found.items() if not documented]
+    share = 1 - len(missing) / len(found)
+    assert share >= 0.79, f"{share:.1%} of {len(found)} public names have a docstring; without one:\n" + "\n".join(
+        missing
+    )
+
+
+def test_functions_are_short():
+    """Lines from `def` to the end, docstring included."""
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in functions())
+    median, p90, longest = (lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.9, 1.0))
+    print(f"{len(lengths)} functions: median {median[0]} lines, p90 {p90[0]}, longest {longest[0]} ({longest[1]})")
+    assert p90[0] <= 25
+    assert longest[0] <= 150
+
+
 def test_public_names_are_there():
     import normfree
 
