@@ -41,8 +41,9 @@ from normfree.data import (
     stream_batches,
     train_batches,
 )
-from normfree.data.images import _free_bytes, hold_out
+from normfree.data.images import _free_bytes
 from normfree.data.loader import WorkerDied, read_batches
+from normfree.data.splits import hold_out
 from normfree.errors import InputError
 
 NUM_IMAGES, BATCH_SIZE = 23, 5

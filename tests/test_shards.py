@@ -37,9 +37,11 @@ from normfree.data import (
 from normfree.data import pack as pack_module
 from normfree.data import remote as remote_module
 from normfree.data import shards as shards_module
+from normfree.data import splits as splits_module
 from normfree.data.loader import EvalFunction
 from normfree.data.pack import pack
-from normfree.data.shards import Index, ShardImages, expand_braces, find_shards, scan, split_files
+from normfree.data.shards import Index, ShardImages, expand_braces, find_shards, scan
+from normfree.data.splits import split_files
 from normfree.data.transforms import EvalTransform, sample_rng
 from normfree.errors import InputError
 
@@ -205,8 +207,9 @@ def test_pack_goes_on_after_a_kill(folder: Path, packed: Path, tmp_path: Path, m
 
 
 def test_docstring_examples() -> None:
-    results = doctest.testmod(shards_module)
-    assert (results.failed, results.attempted) == (0, 2)
+    for module in (shards_module, splits_module):
+        results = doctest.testmod(module)
+        assert (results.failed, results.attempted) == (0, 1)
 
 
 # --- what shards look like ---

@@ -49,9 +49,9 @@ from normfree.data import (
 )
 from normfree.data import images as images_module
 from normfree.data.check import check
-from normfree.data.images import hold_out, open_image, read_size
+from normfree.data.images import open_image, read_size
 from normfree.data.pack import pack
-from normfree.data.shards import named_parts, split_files
+from normfree.data.splits import hold_out, named_splits, split_files
 from normfree.errors import InputError
 
 COLOUR = (200, 100, 40)
@@ -464,13 +464,13 @@ def test_two_folders_for_one_part(tmp_path: Path) -> None:
 
 
 def test_parts_of_which_none_is_to_train_on() -> None:
-    parts = named_parts(["test", "Val"], lambda name: ArrayImages)  # type: ignore
+    parts = named_splits(["test", "Val"], lambda name: ArrayImages)  # type: ignore
     assert parts.train is None
-    assert (parts.validation is not None, parts.test, parts.whole) == (True, False, True)
+    assert (parts.validation is not None, parts.is_test, parts.unsplit) == (True, False, True)
     read = {"Extra": 1, "dev": 2, "Validation": 3, "TRAINING": 4}
-    parts = named_parts(read, read.get)  # type: ignore
-    assert (parts.train(), parts.validation(), parts.whole) == (4, 3, False)  # type: ignore
-    assert named_parts(["Extra", "test"], read.get).train() == 1  # type: ignore
+    parts = named_splits(read, read.get)  # type: ignore
+    assert (parts.train(), parts.validation(), parts.unsplit) == (4, 3, False)  # type: ignore
+    assert named_splits(["Extra", "test"], read.get).train() == 1  # type: ignore
 
 
 def test_class_folders_that_hold_the_same_folders(tmp_path: Path) -> None:

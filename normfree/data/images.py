@@ -10,20 +10,17 @@ import io
 import math
 import os
 import re
-import unicodedata
 import warnings
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar, overload
+from typing import Any, BinaryIO, Self, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-
-from normfree.errors import InputError
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -410,42 +407,6 @@ def _free_bytes() -> float:
     return free
 
 
-class Parts(NamedTuple):
-    """The parts of a data set, each read when it is called for; None for a part that it does not have."""
-
-    train: Callable[[], LabelledImages] | None
-    validation: Callable[[], LabelledImages] | None
-    test: bool = False
-    """Whether the validation images are called a test set."""
-    whole: bool = False
-    """Whether the training images are not called so: they may be the ones to evaluate on."""
-    folder: Path | None = None
-    """Where the folders of the training classes are."""
-    prefix: str = ""
-    """What the names of the training images begin with, as "train/", and would not if `folder` were the data set."""
-
-
-def hold_out(images: AnySamples, fraction: float, seed: int, prefix: str = "") -> tuple[AnySamples, AnySamples]:
-    """(kept, held out): an image is held out if its lot, hashed from (seed, name) to [0, 1), is below `fraction`.
-
-    So its side depends on no other image, and images that are added move none. The exception are classes that would be
-    on one side only: of two images or more the lowest lot is always held out, the highest always kept; a single image
-    is kept. `prefix` is not part of a name, and accents may be written in either way that Unicode has.
-    """
-    if not 0 < fraction < 1:
-        raise InputError(f"the held-out share is {fraction}; it must lie between 0 and 1")
-    held_out: set[int] = set()
-    for indices in images.groups().values():
-        names = (unicodedata.normalize("NFC", images.name(index).removeprefix(prefix)) for index in indices)
-        ranked = sorted(zip((int.from_bytes(name_hash(seed, name)) for name in names), indices, strict=True))
-        below = sum(number < fraction * 2**64 for number, _ in ranked)
-        held_out.update(index for _, index in ranked[: max(0, min(max(1, below), len(ranked) - 1))])
-    if not held_out:
-        raise InputError("every class has a single image, so that none can be held out for validation; add images")
-    kept = [index for index in range(len(images)) if index not in held_out]
-    return images.subset(kept), images.subset(sorted(held_out))
-
-
 Inventory = dict[str, dict[str, list]]  # part -> class -> [number of images, hash of their names in order]
 
 
@@ -499,7 +460,3 @@ def _content_key(images: Samples, index: int, sizes: Collection[str] | None = No
     except (UnreadableImage, OSError):
         return ""
     return f"{len(source)}-{hashlib.blake2b(source, digest_size=8).hexdigest()}"
-
-
-def name_hash(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()

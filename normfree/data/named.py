@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from normfree.data.images import ArrayImages, FolderImages, LabelledImages, Parts, name_hash
+from normfree.data.images import ArrayImages, FolderImages, LabelledImages
 from normfree.data.remote import data_folder
+from normfree.data.splits import Splits, name_hash
 from normfree.errors import InputError, one_line
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -52,7 +53,7 @@ _SETS = {
 DATASET_NAMES = ("mnist5k", *_SETS)
 
 
-def find_named(name: str) -> Parts | Path:
+def find_named(name: str) -> Splits | Path:
     """The parts of one of `DATASET_NAMES`, or the folder that has its images.
 
     In this order: `name` in the data folder as torchvision lays it out, or as any data folder; torchvision's layout in
@@ -60,11 +61,11 @@ def find_named(name: str) -> Parts | Path:
     """
     if name == "mnist5k":
         train, validation = _mnist5k()
-        return Parts(lambda: train, lambda: validation)
+        return Splits(lambda: train, lambda: validation)
     own = data_folder() / name
     for place in (own, data_folder()):
         with contextlib.suppress(RuntimeError):  # torchvision's way to say that it is not there
-            return _parts(name, place)
+            return _splits(name, place)
     if own.is_dir():
         return own
     unfinished = own.with_suffix(".partial")
@@ -75,16 +76,16 @@ def find_named(name: str) -> Parts | Path:
             try:
                 if name == "fashion_mnist" and FASHION_MNIST_FOLDER.is_dir():
                     _unpack_fashion_mnist(unfinished / "FashionMNIST" / "raw")
-                _parts(name, unfinished, download=True)
+                _splits(name, unfinished, download=True)
             except Exception as error:  # of torchvision, of the network, of archives
                 reason = one_line(error)
                 remedy = f"check the network, or put its images into {own}/train/CLASS and {own}/test/CLASS"
                 raise InputError(f"{name} is not here and could not be downloaded ({reason}): {remedy}") from None
             unfinished.rename(own)
-    return _parts(name, own)
+    return _splits(name, own)
 
 
-def _parts(name: str, place: Path, download: bool = False) -> Parts:
+def _splits(name: str, place: Path, download: bool = False) -> Splits:
     """What torchvision finds in `place`; RuntimeError where that is nothing, InputError where it is damaged."""
     _, first, second, _ = _SETS[name]
     try:
@@ -95,7 +96,7 @@ def _parts(name: str, place: Path, download: bool = False) -> Parts:
             raise
         raise InputError(f"{name} in {place} is damaged ({error!r:.120}): delete it, to fetch it again") from None
     held = None if validation is None else lambda: validation
-    return Parts(lambda: train, held, test=second in (False, "test"), whole=validation is None)
+    return Splits(lambda: train, held, is_test=second in (False, "test"), unsplit=validation is None)
 
 
 def _torchvision(name: str, place: Path, split: str | bool | None, download: bool) -> LabelledImages:

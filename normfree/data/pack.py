@@ -16,19 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from normfree.data.images import (
-    LabelledImages,
-    Samples,
-    UnreadableImage,
-    image_suffixes,
-    name_hash,
-    open_image,
-    read_image,
-)
+from normfree.data.images import LabelledImages, Samples, UnreadableImage, image_suffixes, open_image, read_image
 from normfree.data.loader import read_batches
 from normfree.data.remote import short_hash
 from normfree.data.shards import Index, index_file, scan
 from normfree.data.sources import open_dataset
+from normfree.data.splits import name_hash
 from normfree.errors import InputError
 from normfree.files import check_writable, replacing
 

@@ -14,20 +14,17 @@ import re
 import tarfile
 import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from normfree.data.images import LabelledImages, Parts, Samples, UnreadableImage, image_suffixes
+from normfree.data.images import LabelledImages, Samples, UnreadableImage, image_suffixes
 from normfree.data.remote import data_folder, is_remote, match, open_file, short_hash
+from normfree.data.splits import Splits, named_splits, split_files
 from normfree.errors import InputError
-
-_ROLES = {"train": "train training", "validation": "validation val valid dev eval evaluation", "test": "test testing"}
-_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
 
 _LABEL_FIELDS = ("label", "cls", "class")
 _SCAN = 2  # raised when `scan` finds something else in a shard than it did, so that no older index is used
@@ -74,50 +71,10 @@ class ShardImages(Samples):
         return np.lexsort((rng.random(len(self)), window))
 
 
-def shard_parts(shards: Sequence[str]) -> Parts:
-    """The parts of a data set that consists of these shards."""
-    splits = split_files(shards)
-    return named_parts(splits, lambda split: _open(splits[split]))
-
-
-def split_files(files: Sequence[str]) -> dict[str, list[str]]:
-    """Files by the first word in their names, or else their folder's name, that is a part of a data set.
-
-    >>> split_files(["a/train-00.tar", "a/train-01.tar", "a/val/00.tar", "a/more.tar"])
-    {'train': ['a/train-00.tar', 'a/train-01.tar'], 'val': ['a/val/00.tar'], 'images': ['a/more.tar']}
-    """
-    found: dict[str, list[str]] = {}
-    for file in files:
-        folder, name = posixpath.split(file.replace(os.sep, "/"))
-        words = (*re.findall("[a-z]+", name.lower()), posixpath.basename(folder).lower())
-        part = next((word for word in words if role_of(word)), "images")
-        found.setdefault(part, []).append(file)
-    check_roles(found, os.path.dirname(files[0]))
-    return found
-
-
-def role_of(name: str) -> str | None:
-    """ "train", "validation" or "test", where a part of a data set goes by `name`, in any letter case; else None."""
-    return _ROLE_OF.get(name.strip().casefold())
-
-
-def check_roles(names: Iterable[str], where: str) -> dict[str, str]:
-    """Those of `names` that are parts, by role. InputError where two are the same, as "train" and "Training" are."""
-    found: dict[str, str] = {}
-    for name in names:
-        if (role := role_of(name)) and found.setdefault(role, name) != name:
-            raise InputError(f"{where or '.'} has {found[role]!r} and {name!r}, both for {role}: keep one of them")
-    return found
-
-
-def named_parts(splits: Iterable[str], read: Callable[[str], LabelledImages]) -> Parts:
-    """The training and the validation part among splits by their names, usual ones first; `read(name)` reads one."""
-    names = list(splits)
-    by_role = {_ROLE_OF[w]: name for w in reversed(_ROLE_OF) for name in names if name.strip().casefold() == w}
-    held = by_role.get("validation") or by_role.get("test")
-    train = by_role.get("train") or next((name for name in names if not role_of(name)), None)
-    readers = (partial(read, name) if name else None for name in (train, held))
-    return Parts(*readers, test="test" in by_role and "validation" not in by_role, whole="train" not in by_role)
+def shard_splits(shards: Sequence[str]) -> Splits:
+    """The splits of a data set that consists of these shards."""
+    files = split_files(shards)
+    return named_splits(files, lambda split: _open(files[split]))
 
 
 def find_shards(pattern: str) -> list[str]:

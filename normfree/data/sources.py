@@ -6,10 +6,8 @@ import contextlib
 import os
 import stat
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,20 +17,27 @@ from normfree.data.images import (
     HEIF_SUFFIXES,
     FolderImages,
     LabelledImages,
-    Parts,
     Samples,
     UnreadableImage,
-    hold_out,
     image_suffixes,
     open_image,
 )
 from normfree.data.named import DATASET_NAMES, find_named
 from normfree.data.remote import is_remote
-from normfree.data.shards import check_roles, find_shards, named_parts, role_of, shard_parts
-from normfree.data.tables import LIST_SUFFIXES, is_label_list, list_parts, table_parts
+from normfree.data.shards import find_shards, shard_splits
+from normfree.data.splits import (
+    Splits,
+    check_roles,
+    class_key,
+    evaluation_images,
+    match_classes,
+    named_splits,
+    role_of,
+    training_images,
+)
+from normfree.data.tables import LIST_SUFFIXES, is_label_list, list_splits, table_splits
 from normfree.errors import InputError, nearest
 
-_UNEVEN = 10  # largest class over smallest from which on it is said
 _JUNK = {"__macosx", "@eadir", "lost+found", "__pycache__", "$recycle.bin", "system volume information"}
 _JUNK |= {"thumbs.db", "desktop.ini"}  # what systems leave behind, in small letters
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
@@ -48,25 +53,17 @@ def open_dataset(
     name alone an image belongs to one side, but of each class with two images or more, one is on either side. What is
     unusual about the data stands in the `notes` of the training images. Raises `InputError`.
     """
-    parts = _parts(spec)
-    if parts.train is None:
+    splits = _splits(spec)
+    if splits.train is None:
         raise InputError(f"{spec} has images to validate on but none to train on; add train/CLASS/IMAGE files")
-    train = parts.train()
-    _check_trainable(train, spec, parts.folder)
-    notes = list(train.notes)
-    if parts.validation is not None:
-        validation = _onto_classes(parts.validation(), train.class_names, "training images")
-        notes += [note for note in validation.notes if note not in notes]
-        notes += ["its test images serve for validation: the best weights are chosen by them"] if parts.test else []
-    else:
-        train, validation = hold_out(train, validation_fraction, seed, parts.prefix)
-        notes += [f"it has no validation images: about {validation_fraction:.3g} of each class is held out"]
-    return replace(train, notes=(*notes, *_describe_classes(train, validation))), validation
+    train = splits.train()
+    _check_trainable(train, spec, splits.folder)
+    return training_images(splits, train, validation_fraction, seed)
 
 
 def has_validation(spec: str) -> bool:
     """Whether a data set comes with validation images of its own; `InputError` if there is no such data set."""
-    return _parts(spec).validation is not None
+    return _splits(spec).validation is not None
 
 
 def open_evaluation(
@@ -79,34 +76,9 @@ def open_evaluation(
     Targets are indices into `class_names`, the classes that the weights know; a class that is not among them
     raises `InputError`, as does what cannot be read as a data set.
     """
-    parts = _parts(spec)
-    if parts.validation is not None and held_out is not None:
-        raise InputError(f"{spec} has validation images of its own, so that none were held out: leave out --held-out")
-    if parts.validation is not None:
-        images = parts.validation()
-    elif parts.train is not None and held_out is not None:
-        images = hold_out(parts.train(), held_out, seed, parts.prefix)[1]
-    elif parts.train is not None and parts.whole:
-        images = parts.train()
-    else:
-        own = f", or give {parts.folder}" if parts.folder else ""
-        raise InputError(f"{spec} has images to train on only; add --held-out and --seed as they were in training{own}")
-    return _onto_classes(images, class_names, "weights", parts.folder)
-
-
-def _describe_classes(train: LabelledImages, validation: LabelledImages) -> list[str]:
-    """What is unusual about the classes, in a line each; nothing for even classes that all have validation images."""
-    names, lines = train.class_names, []
-    counts, seen = (np.bincount(images.targets, minlength=len(names)) for images in (train, validation))
-    few, many = counts.argmin(), counts.argmax()
-    if counts[many] >= _UNEVEN * counts[few]:
-        lines = [f"uneven classes: {counts[few]} training images of {names[few]!r}, {counts[many]} of {names[many]!r}"]
-    if unseen := [repr(name) for name, count in zip(names, seen, strict=True) if not count]:
-        listed = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        lines.append(f"{len(unseen)} of {len(names)} classes have no validation images: {listed}")
-    if len(validation) < 100:
-        lines.append(f"few validation images: one is {100 / len(validation):.3g} % of the accuracy")
-    return lines
+    splits = _splits(spec)
+    images, folder = evaluation_images(splits, spec, held_out, seed), splits.folder
+    return match_classes(images, class_names, "weights", lambda: _suggest(folder) if folder else "")
 
 
 def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -159,8 +131,8 @@ def look_at(images: Samples, sample: int = 64) -> tuple[int, bool]:
     return int(np.median(sides)), grey
 
 
-def _parts(spec: str) -> Parts:
-    """The parts of what the user calls `spec`; nothing is read yet but names."""
+def _splits(spec: str) -> Splits:
+    """The splits of the data set `spec`; only names have been read."""
     address, _, query = spec.partition("?")
     path = Path(os.path.expanduser(address))
     if address.lower().endswith(_ARCHIVES) and (is_remote(address) or path.is_file()):
@@ -168,18 +140,18 @@ def _parts(spec: str) -> Parts:
             f"{address} is packed: unpack it and give the folder; shards are tar files without compression"
         )
     if spec.endswith(".tar") or (is_remote(spec) and not spec.startswith("hf://")):
-        return shard_parts(find_shards(os.path.expanduser(spec)))._replace(whole=True)
+        return shard_splits(find_shards(os.path.expanduser(spec)))._replace(unsplit=True)
     if address.startswith("hf://") or address.endswith(".parquet"):
-        return table_parts(address, query)
+        return table_splits(address, query)
     if address.lower().endswith(LIST_SUFFIXES) and not path.is_dir():
-        return list_parts([str(path)], query)
+        return list_splits([str(path)], query)
     if address in DATASET_NAMES and not path.is_dir():
         found = find_named(address)
-        if isinstance(found, Parts):
+        if isinstance(found, Splits):
             return found
         path = found
     if path.is_dir():
-        return _folder_parts(path, query)
+        return _folder_splits(path, query)
     if path.exists():
         raise InputError(f"{spec} is a file; give the folder that holds one folder of images for each class")
     if len(path.parts) > 1:
@@ -188,7 +160,7 @@ def _parts(spec: str) -> Parts:
     raise InputError(f"no such folder or data set: {spec!r}{hint}")
 
 
-def _folder_parts(root: Path, query: str) -> Parts:
+def _folder_splits(root: Path, query: str) -> Splits:
     """Class folders, alone or in folders for training and validation; without them shards, tables, lists of labels."""
     names = _subfolders(root)
     inside = {name: len(_subfolders(root / name)) for name in names if role_of(name)}
@@ -198,24 +170,24 @@ def _folder_parts(root: Path, query: str) -> Parts:
     num_classes = max(inside.values()) if split else len(names)
     places = [root, *(root / name for name in inside)]
     if not num_classes and (shards := _files(places, ".tar")):
-        return shard_parts(shards)
+        return shard_splits(shards)
     if num_classes < 2 and (tables := _files(places, ".parquet")):
-        return table_parts(tables, query)
+        return table_splits(tables, query)
     lists = _lists(*places)
     if num_classes < 2 and lists:
-        return list_parts(lists, query)
+        return list_splits(lists, query)
     notes = [f"the class folders count, and not {os.path.basename(file)}: to go by that give {file}" for file in lists]
     notes += [f"{name} is left out: it holds training runs" for name in _subfolders(root, of_runs=True)]
     if not split:
-        return Parts(partial(_scan, root, ".", notes), None, whole=True, folder=root)
+        return Splits(partial(_scan, root, ".", notes), None, unsplit=True, folder=root)
     roles = check_roles(names, str(root))
     others = [name for name in names if name not in inside]
     notes += [f"{name} is neither for training nor for validation: left out" for name in others[:3]]
     if roles.keys() == {"train", "test"} and not inside[roles["test"]]:
         notes += [f"{roles.pop('test')} is left out: it has no class folders"]
-    parts = named_parts(roles.values(), lambda name: _scan(root, name, notes))
+    splits = named_splits(roles.values(), lambda name: _scan(root, name, notes))
     train = roles.get("train")
-    return parts._replace(folder=root / train, prefix=f"{train}/") if train else parts
+    return splits._replace(folder=root / train, prefix=f"{train}/") if train else splits
 
 
 def _is_junk(name: str) -> bool:
@@ -390,22 +362,3 @@ def _unread(others: Counter[str]) -> str:
         known += "; .heic after pip install pillow-heif"
     total = others.total()
     return f"{total} file{'s are' if total > 1 else ' is'} not read: {listed} (images end in {known})"
-
-
-def class_key(name: str) -> str:
-    """What class names are compared by: an accent may be written in two ways, and spaces at the ends do not show."""
-    return unicodedata.normalize("NFC", name).strip()
-
-
-def _onto_classes(
-    images: LabelledImages, class_names: Sequence[str], whose: str, folder: Path | None = None
-) -> LabelledImages:
-    """The same images with targets that are indices into `class_names`; empty classes need not be known."""
-    place = {class_key(name): target for target, name in enumerate(class_names)}
-    used = sorted(set(images.targets))
-    for name in (images.class_names[target] for target in used):
-        if class_key(name) not in place:
-            hint = nearest(name, class_names) or (_suggest(folder) if folder else "")
-            raise InputError(f"class {name!r} is not among the {len(place)} of the {whose}{hint}")
-    moved = {target: place[class_key(images.class_names[target])] for target in used}
-    return replace(images, class_names=tuple(class_names), targets=[moved[target] for target in images.targets])

@@ -15,9 +15,9 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from normfree.data.images import FolderImages, LabelledImages, Parts, Samples, UnreadableImage
+from normfree.data.images import FolderImages, LabelledImages, Samples, UnreadableImage
 from normfree.data.remote import plain_errors
-from normfree.data.shards import named_parts, role_of, split_files
+from normfree.data.splits import Splits, named_splits, role_of, split_files
 from normfree.errors import InputError
 
 LIST_SUFFIXES = (".csv", ".tsv")
@@ -58,7 +58,7 @@ class TableImages(Samples):
         return replace(self, rows=self.rows[list(indices)])
 
 
-def table_parts(where: str | Sequence[str], query: str = "") -> Parts:
+def table_splits(where: str | Sequence[str], query: str = "") -> Splits:
     """The parts of `hf://datasets/OWNER/NAME`, or of Parquet files (a pattern, or their names).
 
     `query` is `image=COLUMN&label=COLUMN&config=NAME`, as far as it is needed. InputError for all that can go wrong.
@@ -89,7 +89,7 @@ def table_parts(where: str | Sequence[str], query: str = "") -> Parts:
                     raise InputError(f"{names[0]} has no rows, and so no {part} images; add some, or take it away")
             loaded = load_dataset("parquet", data_files=by_part)
     splits = {str(split): table for split, table in loaded.items()}
-    return named_parts(splits, lambda split: _images(splits[split], split, options))
+    return named_splits(splits, lambda split: _images(splits[split], split, options))
 
 
 def _options(query: str) -> dict[str, str]:
@@ -99,7 +99,7 @@ def _options(query: str) -> dict[str, str]:
     return options
 
 
-def list_parts(files: Sequence[str], query: str = "") -> Parts:
+def list_splits(files: Sequence[str], query: str = "") -> Splits:
     """The parts of a data set whose images are listed in CSV files: their paths and labels, under a header.
 
     A column `split`, or the names of the files, may say which part they are. Paths start at the folder of their list,
@@ -113,7 +113,7 @@ def list_parts(files: Sequence[str], query: str = "") -> Parts:
     for group, names in groups.items():
         for part, path, label in (row for file in names for row in _read_list(file, role_of(group) or group, options)):
             rows.setdefault(part, []).append((path, label))
-    return named_parts(rows, lambda part: _listed(rows[part], root))
+    return named_splits(rows, lambda part: _listed(rows[part], root))
 
 
 def is_label_list(file: str) -> bool:
