@@ -840,24 +840,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <vector>
 
-extern "C" {
-void normfree_gelu(const float *, float *, int64_t, int32_t);
-void normfree_gelu_gradient(const float *, const float *, float *, int64_t, int32_t);
-void normfree_standardize(const float *, const float *, float, float, float, float, int64_t, int64_t, float *, float *,
-                          float *, float *, int32_t);
-void normfree_standardize_gradient(const float *, const float *, float, const float *, const float *, const float *,
-                                   const float *, int64_t, int64_t, float *, float *, int32_t);
-void normfree_gate_gradient(const float *, const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
-                            int32_t);
-void normfree_conv1x1_filter_gradient(const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
-                                      int32_t, int32_t);
-void normfree_conv1x1(const float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t,
-                      int32_t, int32_t, int32_t);
-void normfree_winograd(float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t,
-                       int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t);
-void normfree_winograd_filter_gradient(const float *, const float *, float *, float *, int64_t, int64_t, int64_t,
-                                       int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t);
-}
+#include "kernels.h"
 
 struct Floats {  // of exactly n numbers; outputs are what the allocator fills memory with: not a number
     float *at;
@@ -934,7 +917,7 @@ def test_kernels_stay_within_their_memory_and_read_nothing_unset(tmp_path, compi
     source.write_text(PROGRAM)
     folder = Path(normfree.native.__file__).parent
     sources = [folder / name for name in ("pointwise.cpp", "winograd.cpp", "conv1x1.cpp")]
-    flags = ["-O1", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = [f"-I{folder}", "-O1", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     built = subprocess.run([*compiler, *flags, source, *sources, "-o", program], capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip("the compiler has no sanitizers")

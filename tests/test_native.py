@@ -1,8 +1,10 @@
 """How the kernels are found, compiled, kept in the cache, and left out with a reason."""
 
+import ctypes
 import logging
 import os
 import pwd
+import re
 import subprocess
 import sys
 import threading
@@ -61,6 +63,40 @@ def test_the_compiler_of_this_machine_compiles_them(monkeypatch, tmp_path, fresh
         if version is None:
             pytest.skip("no C++ compiler")
         assert native._compile(compiler, version, tmp_path, stem).is_file()  # raises what the compiler says
+
+
+def test_signatures_are_those_of_the_header():
+    """Three of them, written out by hand, with every type there is."""
+    pointer, long, int_, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+    found = native.signatures()
+    assert found["normfree_gelu"] == [pointer, pointer, long, int_]
+    assert found["normfree_sweep"] == [pointer, long, int_]
+    assert found["normfree_standardize"] == [pointer] * 2 + [real] * 4 + [long] * 2 + [pointer] * 4 + [int_]
+
+
+def test_the_header_declares_every_kernel_and_all_sources_include_it():
+    """A definition that differs from its declaration then does not compile."""
+    defined = []
+    for source in native.FOLDER.glob("*.cpp"):
+        text = source.read_text()
+        assert '#include "kernels.h"' in text, source.name
+        assert 'extern "C"' not in text, source.name  # the header's
+        defined += re.findall(r"^void (normfree_\w+)\(", text, re.MULTILINE)
+    assert sorted(defined) == sorted(native.signatures())
+
+
+def test_a_type_that_the_header_may_not_use(monkeypatch, tmp_path):
+    (tmp_path / "kernels.h").write_text("void normfree_some(const float *x, double eps);")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    with pytest.raises(KeyError, match="double"):
+        native.signatures()
+
+
+@needs_kernels
+def test_kernels_are_called_with_the_types_of_the_header():
+    for name, types in native.signatures().items():
+        function = getattr(HERE, name)
+        assert (function.argtypes, function.restype) == (types, None)
 
 
 @needs_kernels

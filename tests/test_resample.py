@@ -116,11 +116,9 @@ def test_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, fresh
 
 
 PROGRAM = r"""
-#include <cstdint>
 #include <vector>
 
-extern "C" void normfree_resample(const void *, int64_t, int64_t, int32_t, float, float, float, float, int64_t, int32_t,
-                                  int32_t, uint8_t *);
+#include "kernels.h"
 
 int main() {
     int faults = 0;
@@ -141,7 +139,7 @@ def test_the_kernel_stays_within_its_memory_and_uses_nothing_unset(tmp_path: Pat
     """In a program under the address sanitizer, which fills new memory with 255."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
-    flags = ["-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = [f"-I{KERNEL.parent}", "-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     built = subprocess.run([*compiler, *flags, source, KERNEL, "-o", program], capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip("the compiler has no sanitizers")

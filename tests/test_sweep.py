@@ -1,5 +1,7 @@
 """The native sweep against the batched operations and against the slow reference."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from normfree.models import create_model
-from normfree.native import library, status
+from normfree.native import FOLDER, library, status
 from normfree.optim import EMA, SGD_AGC, adaptive_clip_grad_, param_groups
 from normfree.optim import sweep as native
 from normfree.optim.agc import adaptive_clip_reference_
@@ -106,6 +108,23 @@ def test_what_does_not_fit_is_left_to_the_others(change, monkeypatch):
     monkeypatch.setattr("normfree.optim.agc.sweep", lambda items: pytest.fail("was swept"))
     adaptive_clip_grad_(p, 0.01)
     assert torch.allclose(p.grad, reference)
+
+
+def test_rows_of_the_sweep_are_the_struct_of_the_header():
+    text = re.sub("//.*", "", (FOLDER / "kernels.h").read_text())
+    fields = re.search(r"typedef struct \{(.*?)\} normfree_item;", text, re.DOTALL)[1].split(";")[:-1]
+    size = {"float": 4, "int64_t": 8, "int32_t": 4, "double": 8}
+    expected = [
+        (name.strip(" *"), 8 if "*" in name else size[field.split()[0]])
+        for field in fields
+        for name in field.split(maxsplit=1)[1].split(",")
+    ]
+    assert [(name, native.ITEM[name].itemsize) for name in native.ITEM.names] == expected
+    assert native.ITEM.itemsize == sum(size for _, size in expected)  # no padding
+    offset = 0
+    for name, size in expected:
+        assert offset % size == 0, name  # nor in C
+        offset += size
 
 
 def test_it_is_used(monkeypatch):

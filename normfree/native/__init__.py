@@ -1,13 +1,13 @@
-"""Kernels in C++ for CPUs, where a C++ compiler is at hand.
+"""Kernels in C++ for CPUs. They need a C++ compiler; README.md explains how they work, kernels.h what they take.
 
-The sources here are compiled when they are first needed, in a few seconds, and the library is kept in the user's cache,
-where it also serves without a compiler. Where there are no kernels, a line on standard error says why, and PyTorch's
-operations do the same, as on other devices and in other dtypes. What the environment says of it:
+The sources are compiled when they are first needed, which takes a few seconds. The library is kept in the user's cache
+and needs no compiler from then on. Without kernels, one line on standard error gives the reason, and PyTorch's
+operations compute the same, as they do on other devices and in other dtypes. Environment variables:
 
 - `NORMFREE_NATIVE=0` switches the kernels off.
-- `NORMFREE_MARCH`: the processor to compile for, as of the compiler's option -march; else this machine's.
-- `CXX`: the compiler, with its options if need be; else c++, g++ or clang++.
-- `XDG_CACHE_HOME`: the folder of all caches; else ~/.cache.
+- `NORMFREE_MARCH`: the processor to compile for (the compiler's -march); default: this machine's.
+- `CXX`: the compiler, which may have options; default: c++, g++ or clang++.
+- `XDG_CACHE_HOME`: the folder of all caches; default: ~/.cache.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
-from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -33,49 +33,33 @@ from torch import Tensor, nn
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
-SIGNATURES = {
-    "normfree_sweep": (c_void_p, c_int64, c_int32),
-    "normfree_gelu": (c_void_p, c_void_p, c_int64, c_int32),
-    "normfree_gelu_gradient": (c_void_p,) * 3 + (c_int64, c_int32),
-    "normfree_gate_gradient": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int32,),
-    "normfree_standardize": (c_void_p,) * 2 + (c_float,) * 4 + (c_int64,) * 2 + (c_void_p,) * 4 + (c_int32,),
-    "normfree_standardize_gradient": (c_void_p,) * 2
-    + (c_float,)
-    + (c_void_p,) * 4
-    + (c_int64,) * 2
-    + (c_void_p,) * 2
-    + (c_int32,),
-    "normfree_conv1x1_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int32,) * 2,
-    "normfree_resample": (c_void_p, c_int64, c_int64, c_int32) + (c_float,) * 4 + (c_int64, c_int32, c_int32, c_void_p),
-    "normfree_conv1x1": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int32,) * 3,
-    "normfree_winograd": (c_void_p,) * 5 + (c_int64,) * 11 + (c_int32,) * 2,
-    "normfree_winograd_filter_gradient": (c_void_p,) * 4 + (c_int64,) * 11 + (c_int32,),
-}
+C_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float}
+FOLDER = Path(__file__).parent
 
 
 def native_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they are there and take tensors such as these: float32, plain, on the CPU."""
+    """The library of kernels if it is there and takes these tensors: plain float32 tensors on the CPU. Else None."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             return None
-        if not torch._C._has_storage(tensor):  # of vmap, which batched gradients use
+        if not torch._C._has_storage(tensor):  # a tensor of vmap, which batched gradients use
             return None
-    # whoever watches or replaces operations, such as a counter of FLOPs, would not see the kernels
+    # a dispatch mode, such as a FLOP counter, would not see the kernels
     return None if torch._C._len_torch_dispatch_stack() else library()
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or cannot be had, which is said once."""
+    """The library of kernels, compiled at the first call. None if they are off, with one warning that says why."""
     return _state()[0]
 
 
 def status() -> str:
-    """One line: `on (FILE, COMPILER)`, `off: REASON`, or `compiled at first use (COMPILER)`: this compiles nothing.
+    """One line: `on (FILE, COMPILER)`, `off: REASON` or `compiled at first use (COMPILER)`. Compiles nothing.
 
-    FILE's name tells kernels apart: it holds the hash of its content.
+    FILE identifies the kernels, since its name has the hash of its content.
     """
     if not _load.cache_info().currsize:
-        with contextlib.suppress(_NoKernels, OSError):  # which are the reasons below
+        with contextlib.suppress(_NoKernels, OSError):  # _state gives them as the reason
             _, version, stem = _wanted()
             folder = _cache_folder()
             if version and os.access(folder, os.W_OK) and not _kept(folder, stem):
@@ -84,7 +68,7 @@ def status() -> str:
 
 
 class _NoKernels(Exception):
-    """Why there are none, in one line; then all that the compiler said, if it was asked."""
+    """The reason in one line, then the compiler's output if it ran."""
 
 
 _LOADING = threading.Lock()
@@ -92,13 +76,12 @@ _LOADING = threading.Lock()
 
 @functools.cache
 def _state() -> tuple[ctypes.CDLL | None, str]:
-    with _LOADING:  # threads that come at once compile once, and say once that there is nothing
+    with _LOADING:  # concurrent threads compile once and warn once
         return _load()
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its status."""
     try:
         compiler, version, stem = _wanted()
         folder = _cache_folder()
@@ -113,16 +96,26 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             message = "normfree: the kernels are off: %s. PyTorch's operations do the same, more slowly"
             logging.getLogger("normfree").warning(message, reason)
         return None, f"off: {reason}"
-    for name, types in SIGNATURES.items():
+    for name, types in signatures().items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = types, None
     return loaded, f"on ({path.name}, {version or 'no compiler'})"
 
 
-def _wanted() -> tuple[list[str], str | None, str]:
-    """The compiler's command, its version (None: there is none), and how the names of fitting libraries begin.
+def signatures() -> dict[str, list[type]]:
+    """Argument types of every kernel that kernels.h declares. Raises KeyError for a type that it may not use."""
+    text = re.sub("//.*", "", (FOLDER / "kernels.h").read_text(encoding="utf-8"))
+    kernels = re.findall(r"void (normfree_\w+)\((.*?)\);", text, re.DOTALL)
+    return {
+        name: [ctypes.c_void_p if "*" in arg else C_TYPES[arg.split()[0]] for arg in args.split(",")]
+        for name, args in kernels
+    }
 
-    They depend on sources, processor and options, and on the compiler where there is one.
+
+def _wanted() -> tuple[list[str], str | None, str]:
+    """The compiler's command, its version (None without a compiler), and the prefix of file names that fit.
+
+    The prefix depends on sources, processor, options and the compiler, if there is one.
     """
     if os.environ.get("NORMFREE_NATIVE") == "0":
         raise _NoKernels("NORMFREE_NATIVE=0")
@@ -135,7 +128,7 @@ def _wanted() -> tuple[list[str], str | None, str]:
     version = None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         version = _run([*compiler, "--version"]).stdout.partition("\n")[0]
-    texts = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")))
+    texts = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
     stem = f"native-{_hash(texts, *_flags(), _processor())}"
     return compiler, version, f"{stem}-{_hash(*compiler, version)}" if version else stem
 
@@ -145,7 +138,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The features that -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -154,7 +147,7 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    """Where libraries are kept. What lies there is run, so nobody else may write to it but root."""
+    """The folder for libraries. They are executed, so nobody but this user and root may write to it."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         folder = (base if base.is_absolute() else Path.home() / ".cache") / "normfree"
@@ -168,7 +161,7 @@ def _cache_folder() -> Path:
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
-    """The library in the cache, if it is whole: its name ends in the hash of its content."""
+    """The library in the cache, if its content has the hash in its name."""
     for path in sorted(folder.glob(f"{stem}-*.so")):
         with contextlib.suppress(OSError):
             if path.stem.endswith(f"-{_hash(path.read_bytes())}"):
@@ -177,13 +170,13 @@ def _kept(folder: Path, stem: str) -> Path | None:
 
 
 def _compile(compiler: list[str], version: str | None, folder: Path, stem: str) -> Path:
-    """A new library in the cache, which has its name when it is whole."""
+    """Compiles the library into the cache; it is renamed to its final name when it is complete."""
     if not version:
         found = f"CXX={os.environ['CXX']} does not run" if os.environ.get("CXX") else "none is on the PATH"
         raise _NoKernels(f"they need a C++ compiler, such as g++ or clang++, and {found}")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / "native.so"
-        sources = sorted(map(str, Path(__file__).parent.glob("*.cpp")))
+        sources = sorted(map(str, FOLDER.glob("*.cpp")))
         try:
             done = _run([*compiler, *_flags(), *sources, "-o", str(built)], TMPDIR=temporary)
         except subprocess.TimeoutExpired:

@@ -1,34 +1,34 @@
-// 1x1 convolutions of stride 1, which are a matrix product for each pixel, and of filters and bias over all pixels.
-//
-// A convolution may be one of GELU(x), which is made of each pixel as it is read, and of its gradient as it is written.
+// 1x1 convolutions of stride 1 as matrix products, and their gradients. GELU is applied to pixels as they are read, its
+// derivative as they are written. README.md has the tiles and the reasons for the constants.
 
 #include "gelu.h"
+#include "kernels.h"
 #include "matmul.h"
 
-constexpr int64_t FEW = 300;        // pixels, of a convolution with LARGE filters
-constexpr int64_t LARGE = 1 << 17;
-constexpr int64_t CACHED = 150000;  // inputs in flight: they stay in the second-level cache
-constexpr int64_t PART = 192;       // for gradients of few filters
-constexpr int64_t PIXELS = 768;     // for those of many, packed at once
-constexpr int64_t DEPTH = 256;      // of a product at a time
+constexpr int64_t FEW = 300;        // at most so many pixels, and
+constexpr int64_t LARGE = 1 << 17;  // at least so many weights: threads share out filters, not pixels
+constexpr int64_t CACHED = 150000;  // floats of a block of pixels, which stay in the second-level cache
+constexpr int64_t DEPTH = 256;      // input channels of one product
+constexpr int64_t PART = 192;       // pixels of one product in the gradient of few filters
+constexpr int64_t PIXELS = 768;     // the same for many filters, packed at once
 constexpr int64_t BLOCK = 32;       // panels of dY in one task
 constexpr int64_t COLUMNS = WIDE * LANES;
 
-// `width` columns from `first` on of w (in, out), or, if not `turned`, rows of w (out, in): to u (in, COLUMNS)
-static void pack(const float *w, float *u, int64_t in, int64_t out, int64_t first, int64_t width, bool turned) {
+// u (in, COLUMNS): `width` filters from `first` on, the rows of w (out, in), or if `transposed` the columns of w (in, out)
+static void pack(const float *w, float *u, int64_t in, int64_t out, int64_t first, int64_t width, bool transposed) {
     for (int64_t o = 0; o < width; o += LANES)
         for (int64_t c = 0; c < in; c += LANES) {
             Vec block[LANES];
-            for (int l = 0; l < LANES && !turned; ++l) block[l] = get(w + (first + o + l) * in + c);
+            for (int l = 0; l < LANES && !transposed; ++l) block[l] = load(w + (first + o + l) * in + c);
             for (int i = 0; i < LANES; ++i) {
                 Vec row;
-                for (int l = 0; l < LANES && !turned; ++l) row[l] = block[l][i];
-                put(u + (c + i) * COLUMNS + o, turned ? get(w + (c + i) * out + first + o) : row);
+                for (int l = 0; l < LANES && !transposed; ++l) row[l] = block[l][i];
+                store(u + (c + i) * COLUMNS + o, transposed ? load(w + (c + i) * out + first + o) : row);
             }
         }
 }
 
-// y (num, width), whose rows lie `out` apart, = a (num, in) b (in, width) + bias (or null)
+// y (num, width) = a (num, in) b (in, width) + bias (or null); rows of y are `out` floats apart
 static void multiply(int64_t num, int64_t width, int64_t in, const float *a, const float *b, int64_t ldb,
                      const float *bias, float *y, int64_t out) {
     float rest[ROWS * COLUMNS];  // of rows that are no multiple of ROWS
@@ -45,23 +45,24 @@ static void multiply(int64_t num, int64_t width, int64_t in, const float *a, con
     for (int64_t i = whole; i < num; ++i) std::copy_n(row(i), width, y + i * out);
 }
 
-// y (num, width), whose rows lie `out` apart, times GELU'(seen)
-static void differentiate(int64_t num, int64_t width, const float *seen, float *y, int64_t out) {
+// y (num, width) *= GELU'(pre_activation); rows of both are `out` floats apart
+static void differentiate(int64_t num, int64_t width, const float *pre_activation, float *y, int64_t out) {
     for (int64_t i = 0; i < num; ++i)
-        for (int64_t c = i * out; c < i * out + width; c += LANES) put(y + c, gelu_gradient(get(seen + c), get(y + c)));
+        for (int64_t c = i * out; c < i * out + width; c += LANES)
+            store(y + c, gelu_gradient(load(pre_activation + c), load(y + c)));
 }
 
 struct Convolution {
-    const float *x, *w, *bias, *seen;
+    const float *x, *w, *bias, *pre_activation;
     float *y;
     int64_t pixels, in, out;
-    bool activated, turned;
+    bool apply_gelu, transposed;
 };
 
-// Each thread has some of the filters, which are read once, and all pixels.
+// Each thread takes some of the filters, which are read once, and all pixels.
 static void few_pixels(const Convolution &c, int32_t threads) {
     const int64_t padded = (c.pixels + ROWS - 1) / ROWS * ROWS;
-    const bool as_is = !c.activated && padded == c.pixels;
+    const bool as_is = !c.apply_gelu && padded == c.pixels;
     const Scratch inputs(as_is ? 0 : padded * c.in);
 #pragma omp parallel num_threads(threads)
     {
@@ -69,19 +70,19 @@ static void few_pixels(const Convolution &c, int32_t threads) {
 #pragma omp for
         for (int64_t i = 0; i < padded; ++i)
             if (i >= c.pixels) std::fill_n(inputs.get() + i * c.in, c.in, 0.0f);
-            else if (!as_is) copy(c.x + i * c.in, c.in, c.activated, inputs.get() + i * c.in);
+            else if (!as_is) copy(c.x + i * c.in, c.in, c.apply_gelu, inputs.get() + i * c.in);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t j = 0; j < c.out; j += COLUMNS) {
             const int64_t width = std::min(COLUMNS, c.out - j);
-            if (!c.turned) pack(c.w, panel.get(), c.in, c.out, j, width, false);
-            multiply(c.pixels, width, c.in, as_is ? c.x : inputs.get(), c.turned ? c.w + j : panel.get(),
-                     c.turned ? c.out : COLUMNS, c.bias ? c.bias + j : nullptr, c.y + j, c.out);
-            if (c.seen) differentiate(c.pixels, width, c.seen + j, c.y + j, c.out);
+            if (!c.transposed) pack(c.w, panel.get(), c.in, c.out, j, width, false);
+            multiply(c.pixels, width, c.in, as_is ? c.x : inputs.get(), c.transposed ? c.w + j : panel.get(),
+                     c.transposed ? c.out : COLUMNS, c.bias ? c.bias + j : nullptr, c.y + j, c.out);
+            if (c.pre_activation) differentiate(c.pixels, width, c.pre_activation + j, c.y + j, c.out);
         }
     }
 }
 
-// Each thread has some of the pixels, as many as stay in the second-level cache, and all filters, which lie in panels.
+// Each thread takes blocks of pixels that stay in the second-level cache, and all filters, packed into panels.
 static void many_pixels(const Convolution &c, int32_t threads) {
     const int64_t most = std::max<int64_t>(8, std::min<int64_t>(32, CACHED / c.in / ROWS)) * ROWS;
     const int64_t even = (c.pixels / (4 * threads) + ROWS - 1) / ROWS * ROWS;
@@ -92,40 +93,38 @@ static void many_pixels(const Convolution &c, int32_t threads) {
         const Scratch inputs(batch * c.in);
 #pragma omp for
         for (int64_t j = 0; j < c.out; j += COLUMNS)
-            pack(c.w, panels.get() + j * c.in, c.in, c.out, j, std::min(COLUMNS, c.out - j), c.turned);
+            pack(c.w, panels.get() + j * c.in, c.in, c.out, j, std::min(COLUMNS, c.out - j), c.transposed);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t begin = 0; begin < c.pixels; begin += batch) {
             const int64_t num = std::min(batch, c.pixels - begin), padded = (num + ROWS - 1) / ROWS * ROWS;
-            const bool as_is = !c.activated && padded == num;
+            const bool as_is = !c.apply_gelu && padded == num;
             const float *x = c.x + begin * c.in;
             if (!as_is) {
-                copy(x, num * c.in, c.activated, inputs.get());
+                copy(x, num * c.in, c.apply_gelu, inputs.get());
                 std::fill_n(inputs.get() + num * c.in, (padded - num) * c.in, 0.0f);
             }
             float *y = c.y + begin * c.out;
             for (int64_t j = 0; j < c.out; j += COLUMNS)
                 multiply(num, std::min(COLUMNS, c.out - j), c.in, as_is ? x : inputs.get(), panels.get() + j * c.in,
                          COLUMNS, c.bias ? c.bias + j : nullptr, y + j, c.out);
-            if (c.seen) differentiate(num, c.out, c.seen + begin * c.out, y, c.out);
+            if (c.pre_activation) differentiate(num, c.out, c.pre_activation + begin * c.out, y, c.out);
         }
     }
 }
 
-// y (pixels, out) of x (pixels, in), or `activated` GELU(x), and w (out, in), or `turned` (in, out), + bias (or null);
-// with `seen` (pixels, out) times GELU'(seen). `in` and `out` are multiples of LANES.
-extern "C" void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *seen, float *y,
-                                 int64_t pixels, int64_t in, int64_t out, int32_t activated, int32_t turned,
-                                 int32_t threads) {
-    const Convolution given{x, w, bias, seen, y, pixels, in, out, activated != 0, turned != 0};
-    (pixels <= FEW && in * out >= LARGE ? few_pixels : many_pixels)(given, threads);
+void normfree_conv1x1(const float *x, const float *w, const float *bias, const float *pre_activation, float *y,
+                      int64_t pixels, int64_t in, int64_t out, int32_t apply_gelu, int32_t transposed,
+                      int32_t threads) {
+    const Convolution conv{x, w, bias, pre_activation, y, pixels, in, out, apply_gelu != 0, transposed != 0};
+    (pixels <= FEW && in * out >= LARGE ? few_pixels : many_pixels)(conv, threads);
 }
 
-// sum (ROWS) += the sum of a (depth, ROWS) over depth, in as many parts as there are lanes
+// sum (ROWS) += a (depth, ROWS) summed over depth, in LANES parts
 static void add_rows(int64_t depth, const float *a, float *sum) {
     Vec parts[ROWS] = {};
     int64_t k = 0;
     for (; k + LANES <= depth; k += LANES)
-        for (int i = 0; i < ROWS; ++i) parts[i] += get(a + k * ROWS + i * LANES);
+        for (int i = 0; i < ROWS; ++i) parts[i] += load(a + k * ROWS + i * LANES);
     float total[ROWS] = {};
     for (int i = 0; i < ROWS * LANES; ++i) total[i % ROWS] += parts[i / LANES][i % LANES];
     for (; k < depth; ++k)
@@ -133,9 +132,9 @@ static void add_rows(int64_t depth, const float *a, float *sum) {
     for (int i = 0; i < ROWS; ++i) sum[i] += total[i];
 }
 
-// The sums of each thread are over some of the pixels: for few filters.
+// For few filters: each task sums over some of the pixels.
 static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in, int64_t out,
-                      bool activated, int32_t threads) {
+                      bool apply_gelu, int32_t threads) {
     const int64_t blocks = (pixels + PART - 1) / PART;
     const int64_t parts = std::min<int64_t>(blocks, 32);  // whatever the number of threads
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
@@ -143,16 +142,16 @@ static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, 
     std::fill_n(biases.get(), parts * out, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch seen(PART * in), d(PART * out + ROWS);
+        const Scratch inputs(PART * in), d(PART * out + ROWS);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t first = part * blocks / parts;
             for (int64_t block = first; block < (part + 1) * blocks / parts; ++block) {
                 const int64_t begin = block * PART, num = std::min(PART, pixels - begin);
-                copy(x + begin * in, num * in, activated, seen.get());
+                copy(x + begin * in, num * in, apply_gelu, inputs.get());
                 std::copy_n(dy + begin * out, num * out, d.get());
                 add_columns(num, out, d.get(), biases.get() + part * out);
-                (block > first ? matmul<true> : matmul<false>)(padded, in, num, d.get(), 1, out, seen.get(), in,
+                (block > first ? matmul<true> : matmul<false>)(padded, in, num, d.get(), 1, out, inputs.get(), in,
                                                                sums.get() + part * padded * in, in);
             }
         }
@@ -163,16 +162,16 @@ static void by_pixels(const float *x, const float *dy, float *dw, float *dbias, 
             if (dbias) dbias[o] = bias;
             for (int64_t c = 0; c < in; c += LANES) {
                 Vec sum{};
-                for (int64_t part = 0; part < parts; ++part) sum += get(sums.get() + (part * padded + o) * in + c);
-                put(dw + o * in + c, sum);
+                for (int64_t part = 0; part < parts; ++part) sum += load(sums.get() + (part * padded + o) * in + c);
+                store(dw + o * in + c, sum);
             }
         }
     }
 }
 
-// Each thread has some of the filters, of which there are many.
+// For many filters: each task computes some of them, over all pixels.
 static void by_filters(const float *x, const float *dy, float *dw, float *dbias, int64_t pixels, int64_t in,
-                       int64_t out, bool activated, int32_t threads) {
+                       int64_t out, bool apply_gelu, int32_t threads) {
     const int64_t panels = (out + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK;
     const int64_t columns = (in + COLUMNS - 1) / COLUMNS;
     const int64_t most = std::min(pixels, PIXELS);
@@ -200,7 +199,7 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
             const int64_t width = std::min(COLUMNS, in - j * COLUMNS);
             for (int64_t k = 0; k < depth; ++k, to += COLUMNS) {
                 const float *from = x + (first + k) * in + j * COLUMNS;
-                copy(from, width, activated, to);
+                copy(from, width, apply_gelu, to);
             }
         }
 #pragma omp for schedule(dynamic, 1)
@@ -221,10 +220,8 @@ static void by_filters(const float *x, const float *dy, float *dw, float *dbias,
     if (dbias) std::copy_n(sums.get(), out, dbias);
 }
 
-// dw (out, in) and, if not null, dbias (out) of x (pixels, in), or `activated` GELU(x), and dy (pixels, out); `in` is a
-// multiple of LANES
-extern "C" void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
-                                                 int64_t pixels, int64_t in, int64_t out, int32_t activated,
-                                                 int32_t threads) {
-    (in * out <= 8 * pixels ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, activated, threads);
+void normfree_conv1x1_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
+                                      int64_t pixels, int64_t in, int64_t out, int32_t apply_gelu,
+                                      int32_t threads) {
+    (in * out <= 8 * pixels ? by_pixels : by_filters)(x, dy, dw, dbias, pixels, in, out, apply_gelu, threads);
 }

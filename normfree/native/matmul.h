@@ -1,4 +1,4 @@
-// Small matrix products of what lies in the caches.
+// Matrix products of blocks that are in the caches. README.md has the tiles.
 
 #pragma once
 
@@ -6,10 +6,10 @@
 
 #include <memory>
 
-// Rows and, in vectors, columns of a product that stay in registers.
+// The tile of a product that stays in registers: rows, and columns counted in vectors.
 constexpr int ROWS = 6, WIDE = LANES == 16 ? 4 : LANES == 8 ? 2 : 3;
 
-// Not initialised; at the start of a cache line, so that no vector lies across two.
+// Uninitialised memory, aligned to cache lines, so that no vector crosses two.
 class Scratch {
     const std::unique_ptr<float[]> all;
     float *const start;
@@ -21,17 +21,17 @@ class Scratch {
     float *get() const { return start; }
 };
 
-// sums (columns) += the sum of a (rows, columns) over its rows, sixteen of them at a time, which keeps rounding small
+// sums (columns) += a (rows, columns) summed over rows, in parts of 16 rows, which keeps rounding errors small
 static inline void add_columns(int64_t rows, int64_t columns, const float *a, float *sums) {
     for (int64_t c = 0; c < columns; c += LANES)
         for (int64_t i = 0; i < rows; i += 16) {
             Vec part{};
-            for (int64_t k = i; k < std::min(i + 16, rows); ++k) part += get(a + k * columns + c);
-            put(sums + c, get(sums + c) + part);
+            for (int64_t k = i; k < std::min(i + 16, rows); ++k) part += load(a + k * columns + c);
+            store(sums + c, load(sums + c) + part);
         }
 }
 
-// c (ROWS, N) = or += a (ROWS, depth) b (depth, N); element (i, k) of a lies at i * a_row + k * a_depth
+// c (ROWS, N * LANES) = or += a (ROWS, depth) b (depth, N * LANES); a[i * a_row + k * a_depth] is its element (i, k)
 template <int N, bool add>
 static inline void product(int64_t depth, const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t ldb,
                            float *c, int64_t ldc) {
@@ -40,7 +40,7 @@ static inline void product(int64_t depth, const float *a, int64_t a_row, int64_t
         for (int j = 0; j < N; ++j) sum[i][j] = Vec{};
     for (int64_t k = 0; k < depth; ++k) {
         Vec row[N];
-        for (int j = 0; j < N; ++j) row[j] = get(b + k * ldb + j * LANES);
+        for (int j = 0; j < N; ++j) row[j] = load(b + k * ldb + j * LANES);
         for (int i = 0; i < ROWS; ++i) {
             const float value = a[i * a_row + k * a_depth];
             for (int j = 0; j < N; ++j) sum[i][j] += value * row[j];
@@ -49,11 +49,11 @@ static inline void product(int64_t depth, const float *a, int64_t a_row, int64_t
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < N; ++j) {
             float *to = c + i * ldc + j * LANES;
-            put(to, add ? get(to) + sum[i][j] : sum[i][j]);
+            store(to, add ? load(to) + sum[i][j] : sum[i][j]);
         }
 }
 
-// c (rows, columns) from a (rows, depth) and b (depth, columns); rows a multiple of ROWS, columns of LANES
+// c (rows, columns) = or += a (rows, depth) b (depth, columns); rows are a multiple of ROWS, columns of LANES
 template <bool add>
 static void matmul(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_depth,
                    const float *b, int64_t ldb, float *c, int64_t ldc) {

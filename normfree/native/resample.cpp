@@ -1,15 +1,17 @@
-// A box of an 8-bit image resized as Pillow 13 does it, to the bit: bicubic with antialiasing, in fixed point, along rows
-// and along columns, one after the other, with 8 bits in between.
+// Resizes a box of an 8-bit image with the bits of Pillow 13: bicubic with antialiasing, in fixed point, one pass along
+// rows and one along columns, with 8 bits in between.
 
+#include "kernels.h"
 #include "vector.h"
 
 #include <cmath>
 #include <memory>
 #include <vector>
 
-constexpr int PRECISION = 22;  // of a weight, the bits behind the point
+constexpr int PRECISION = 22;  // bits of a weight behind the point; Pillow's
 
-struct Taps {  // of output i: `count[i]` pixels from `first[i]` on, with the weights from `weights[i * size]` on
+// Output i is a sum of `count[i]` pixels from `first[i]` on, with the weights from `weights[i * size]` on.
+struct Taps {
     int64_t size;
     std::vector<int64_t> first, count;
     std::vector<int32_t> weights;
@@ -28,7 +30,7 @@ static inline double cubic(double x) {
     return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-// Of the interval [begin, end] of `in` pixels, resized to `out`.
+// The taps that resize the interval [begin, end] of `in` pixels to `out` pixels.
 static Taps cubic_taps(int64_t in, float begin, float end, int64_t out) {
     const double scale = static_cast<double>(end - begin) / out, wide = std::max(scale, 1.0), reach = 2 * wide;
     const int64_t size = 2 * static_cast<int64_t>(std::ceil(reach)) + 1;
@@ -54,7 +56,7 @@ static Taps cubic_taps(int64_t in, float begin, float end, int64_t out) {
 #pragma GCC pop_options
 #endif
 
-// The weighted sum of pixels(0), pixels(1), ..., a vector of pixels each.
+// The weighted sum of the vectors pixels(0), pixels(1), ..., channel by channel.
 template <int CHANNELS, typename F>
 static inline Ints weighted(const int32_t *weights, int64_t count, F pixels) {
     Ints sums[CHANNELS], result{};
@@ -70,13 +72,13 @@ static inline Ints weighted(const int32_t *weights, int64_t count, F pixels) {
     return result;
 }
 
-static inline Ints get(const int32_t *p) {
+static inline Ints load(const int32_t *p) {
     Ints v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-// The lowest bytes of a pixel are its channels. Rows are padded to full vectors, and columns to a vector at least.
+// Four bytes a pixel, channels in the lowest bytes. Rows are padded to whole vectors; LANES rows follow the last one.
 struct Image {
     int64_t width, height, pitch;
     std::unique_ptr<int32_t[]> pixels;
@@ -86,18 +88,18 @@ struct Image {
     int32_t *operator[](int64_t y) const { return pixels.get() + y * pitch; }
 };
 
-// Of as many rows at once as a vector has lanes.
+// Takes LANES rows at once, transposed, so that one vector has the same column of each.
 template <int CHANNELS>
 static Image along_rows(const Image &in, int64_t left, const Taps &taps) {
     Image out(taps.first.size(), in.height);
-    const std::unique_ptr<int32_t[]> turned(new int32_t[in.width * LANES]);
+    const std::unique_ptr<int32_t[]> transposed(new int32_t[in.width * LANES]);
     for (int64_t y = 0; y < in.height; y += LANES) {
         for (int64_t x = 0; x < in.width; ++x)
-            for (int r = 0; r < LANES; ++r) turned[x * LANES + r] = in[y + r][x];
+            for (int r = 0; r < LANES; ++r) transposed[x * LANES + r] = in[y + r][x];
         for (int64_t x = 0; x < out.width; ++x) {
-            const int32_t *from = &turned[(taps.first[x] - left) * LANES];
+            const int32_t *from = &transposed[(taps.first[x] - left) * LANES];
             const Ints result = weighted<CHANNELS>(&taps.weights[x * taps.size], taps.count[x],
-                                                   [&](int64_t t) { return get(from + t * LANES); });
+                                                   [&](int64_t t) { return load(from + t * LANES); });
             for (int r = 0; r < LANES; ++r) out[y + r][x] = result[r];
         }
     }
@@ -111,7 +113,7 @@ static Image along_columns(const Image &in, int64_t top, const Taps &taps) {
         for (int64_t x = 0; x < in.width; x += LANES) {
             const int32_t *from = in[taps.first[y] - top] + x;
             const Ints result = weighted<CHANNELS>(&taps.weights[y * taps.size], taps.count[y],
-                                                   [&](int64_t t) { return get(from + t * in.pitch); });
+                                                   [&](int64_t t) { return load(from + t * in.pitch); });
             std::memcpy(out[y] + x, &result, sizeof result);
         }
     return out;
@@ -137,10 +139,9 @@ static void resample(const Pixel *pixels, int64_t width, int64_t height, const f
         }
 }
 
-// out (channels, px, px) from the box of pixels (height, width), bytes of grey or RGB in four bytes.
-extern "C" void normfree_resample(const void *pixels, int64_t width, int64_t height, int32_t channels, float left,
-                                  float upper, float right, float lower, int64_t px, int32_t columns_first,
-                                  int32_t mirrored, uint8_t *out) {
+void normfree_resample(const void *pixels, int64_t width, int64_t height, int32_t channels, float left,
+                       float upper, float right, float lower, int64_t px, int32_t columns_first,
+                       int32_t mirrored, uint8_t *out) {
     const float box[4] = {left, upper, right, lower};
     if (channels == 1)
         resample<1>(static_cast<const uint8_t *>(pixels), width, height, box, px, columns_first, mirrored, out);

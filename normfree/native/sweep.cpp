@@ -1,7 +1,9 @@
 // One pass over parameters: adaptive gradient clipping, weight decay, momentum, update and moving average.
 //
-// A unit (a filter, a row, a whole vector) is read twice, for its norms and for its update, and is in the cache the
-// second time, so that every array moves through memory once. What it computes is in agc.py and sgd.py.
+// A unit (a filter, a row or a whole vector) is read for its norms and again for its update, when it is in the cache:
+// every array moves through memory once. optim/agc.py and optim/sgd.py have the arithmetic.
+
+#include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -9,15 +11,7 @@
 #include <utility>
 #include <vector>
 
-struct Item {                       // a tensor; optim/sweep.py has the same fields in the same order
-    float *p, *g, *m, *e;           // parameter, gradient; momentum and average, or null
-    int64_t numel, unit;            // elements, and those of one unit
-    float clipping, eps;            // lambda (0: not clipped) and epsilon of AGC
-    float lr, momentum, decay;      // decay: of the weights
-    float blend;                    // share of the new parameter in the average
-    int32_t nesterov, pad;
-    double clipped, ratio;          // results: units that were clipped, largest ratio of norms
-};
+using Item = normfree_item;
 
 static double wide_squares(const float *a, int64_t begin, int64_t end) {
     double sum = 0;
@@ -25,7 +19,7 @@ static double wide_squares(const float *a, int64_t begin, int64_t end) {
     return sum;
 }
 
-// Sums of squares of two arrays: float lanes for blocks, a double for their sum and for a block beyond float's range.
+// Sums of squares of two arrays: blocks in float lanes, their sum in double, as are blocks that overflow float.
 static std::pair<double, double> squares(const float *a, const float *b, int64_t n) {
     double sum_a = 0, sum_b = 0;
     for (int64_t i = 0; i < n; i += 1024) {
@@ -42,7 +36,7 @@ static std::pair<double, double> squares(const float *a, const float *b, int64_t
     return {sum_a, sum_b};
 }
 
-// The larger one, or not a number as soon as either is none.
+// The maximum; NaN as soon as a value is NaN.
 static void keep_largest(double &largest, double value) {
     if (std::isnan(value) || value > largest) largest = value;
 }
@@ -63,7 +57,7 @@ static void update(const Item &t, float factor, int64_t begin, int64_t end) {
     }
 }
 
-extern "C" void normfree_sweep(Item *items, int64_t count, int32_t threads) {
+void normfree_sweep(Item *items, int64_t count, int32_t threads) {
     struct Task {
         int64_t item, begin, end;
     };

@@ -1,4 +1,4 @@
-// As many floats as the processor takes at once.
+// A vector of as many floats as one instruction takes.
 
 #pragma once
 
@@ -16,10 +16,10 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-static inline Vec get(const float *p) {
+static inline Vec load(const float *p) {
     Vec v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline void put(float *p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(float *p, Vec v) { std::memcpy(p, &v, sizeof v); }

@@ -1,29 +1,29 @@
 // 3x3 convolutions by Winograd's transforms: 16 products for what takes 36 at stride 1, 25 at stride 2.
 //
-// Lavin and Gray 2015 (arXiv 1509.09308). Tiles of inputs d give 2x2 outputs: the inputs become V = B'dB, the filters
-// U = GwG', and for each place of a tile the sum over channels is a small matrix product VU; the outputs are A'(VU)A.
-// The gradient of the input is such a convolution, too, with filters turned by 180 degrees; that of the filters is
-// G'(V'(AdA'))G. At stride 2 inputs of even and of odd place are apart: along a side the former see two of a filter's
-// three places, which is F(2, 2), 3 products for 4, the latter see one. All factors are 1, -1 and 1/2, and everything is
-// float32; maps are (N, H, W, C) in memory. All channels of a group are multiples of LANES, at most 16.
+// Lavin and Gray 2015 (arXiv 1509.09308). Tiles of inputs d give 2x2 outputs: inputs become V = B'dB, filters U = GwG',
+// and for each place of a tile the sum over channels is a small matrix product VU; the outputs are A'(VU)A. The input
+// gradient is such a convolution too, with filters rotated by 180 degrees; that of the filters is G'(V'(AdA'))G. At
+// stride 2, pixels at even and odd places are convolved separately: along a side the even ones meet two of a filter's
+// three taps, which is F(2, 2), 3 products instead of 4, and the odd ones meet one. All factors are 1, -1 and 1/2.
 //
-// The gradient of the input may be that of GELU's input, which is made as each pixel is written, once.
+// GELU's derivative is applied to the gradient of the input as each pixel is written. README.md has the tiles.
 
 #include "gelu.h"
+#include "kernels.h"
 #include "matmul.h"
 
 #include <vector>
 
-constexpr int KINDS = 4;  // of a filter's numbers along one side
-constexpr int64_t TILES = 36;  // in flight: their transforms stay in the second-level cache
-constexpr int64_t GRADIENT_TILES = 288;  // of a filter's gradient the sums do, and then more tiles are better
+constexpr int FILTER_SIDE = 4, FILTER_PLACES = FILTER_SIDE * FILTER_SIDE;  // of a transformed filter
+constexpr int64_t TILES = 36;  // in one block: their transforms stay in the second-level cache
+constexpr int64_t GRADIENT_TILES = 288;  // in the filter gradient, where the sums are in that cache instead
 
-// The transforms of one side of a tile: SIDE pixels become PLACES numbers, each times one of the KINDS of numbers of a
-// filter, and then OUT pixels.
-struct Same {  // stride 1, and its gradient: F(2, 3)
+// The transforms along one side of a tile: SIDE input pixels become PLACES numbers, each is multiplied by the number
+// `filter_place` of the transformed filter, and they become OUT output pixels.
+struct Stride1 {  // and its input gradient: F(2, 3)
     static constexpr int SIDE = 4, PLACES = 4, OUT = 2;
 
-    static int kind(int place) { return place; }
+    static int filter_place(int place) { return place; }
     static void input(const Vec *d, Vec *v) {  // B'd
         v[0] = d[0] - d[2];
         v[1] = d[1] + d[2];
@@ -34,7 +34,7 @@ struct Same {  // stride 1, and its gradient: F(2, 3)
         y[0] = m[0] + m[1] + m[2];
         y[1] = m[1] - m[2] - m[3];
     }
-    static void output_gradient(const Vec *y, Vec *m) {  // Ay; second, their sum
+    static void output_gradient(const Vec *y, Vec *m) {  // Ay; its second element is the sum
         m[0] = y[0];
         m[1] = y[0] + y[1];
         m[2] = y[0] - y[1];
@@ -55,10 +55,10 @@ struct Same {  // stride 1, and its gradient: F(2, 3)
     }
 };
 
-struct Half {  // stride 2
+struct Stride2 {
     static constexpr int SIDE = 5, PLACES = 5, OUT = 2;
 
-    static int kind(int place) { return std::min(place, 3); }
+    static int filter_place(int place) { return std::min(place, 3); }
     static void input(const Vec *d, Vec *v) {
         v[0] = d[0] - d[2];
         v[1] = d[2];
@@ -88,7 +88,7 @@ struct Half {  // stride 2
     }
 };
 
-struct Twice : Half {  // the gradient of the input at stride 2
+struct Stride2Transposed : Stride2 {  // the input gradient
     static constexpr int SIDE = 3, OUT = 4;
 
     static void input(const Vec *d, Vec *v) {
@@ -105,9 +105,9 @@ struct Twice : Half {  // the gradient of the input at stride 2
     }
 };
 
-// f along both sides of x (IN, IN) to y (OUT, OUT)
+// y (OUT, OUT) = f along both sides of x (IN, IN)
 template <int IN, int OUT, void f(const Vec *, Vec *)>
-static inline void both(const Vec *x, Vec *y) {
+static inline void transform_2d(const Vec *x, Vec *y) {
     Vec half[OUT * IN];
 #pragma GCC unroll 5
     for (int j = 0; j < IN; ++j) {
@@ -124,12 +124,12 @@ struct Map {
     int64_t images, height, width, channels;
 };
 
-// How tiles lie on a map: `step` pixels apart, from `top` pixels above and `left` of its first one on.
+// Tiles on a map: `step` pixels apart; the first one starts `top` pixels above and `left` pixels left of the map.
 struct Grid {
     int64_t step, top, left;
 };
 
-// Those of all maps, as many as it takes to cover the outputs.
+// The tiles of all maps, as many as cover the outputs.
 struct Tiles {
     int64_t down, across, count;
     Tiles(const Map &map, const Grid &grid)
@@ -138,7 +138,7 @@ struct Tiles {
           count(map.images * down * across) {}
 };
 
-// Where the SIDE x SIDE pixels of a tile are; null outside.
+// Addresses of the SIDE x SIDE pixels of a tile; null outside the map.
 template <int SIDE, typename Float>
 static void pixels(const Map &map, const Grid &grid, const Tiles &tiles, Float *x, int64_t first, int64_t tile,
                    Float *at[SIDE * SIDE]) {
@@ -153,7 +153,7 @@ static void pixels(const Map &map, const Grid &grid, const Tiles &tiles, Float *
         }
 }
 
-// (PLACES * PLACES, step, size) of tiles begin to end: the transform f of their SIDE x SIDE pixels
+// v (PLACES * PLACES, step, size): the transform f of the SIDE x SIDE pixels of tiles begin to end
 template <int SIDE, int PLACES, void f(const Vec *, Vec *)>
 static void transform(const Map &map, const Grid &grid, const Tiles &tiles, const float *x, int64_t first, int64_t size,
                       int64_t begin, int64_t end, const float *zeros, float *v, int64_t step) {
@@ -165,71 +165,73 @@ static void transform(const Map &map, const Grid &grid, const Tiles &tiles, cons
         for (int64_t c = 0; c < size; c += LANES) {
             Vec d[SIDE * SIDE], e[PLACES * PLACES];
 #pragma GCC unroll 25
-            for (int i = 0; i < SIDE * SIDE; ++i) d[i] = get(at[i] + c);
-            both<SIDE, PLACES, f>(d, e);
+            for (int i = 0; i < SIDE * SIDE; ++i) d[i] = load(at[i] + c);
+            transform_2d<SIDE, PLACES, f>(d, e);
             float *to = v + (tile - begin) * size + c;
 #pragma GCC unroll 25
-            for (int i = 0; i < PLACES * PLACES; ++i) put(to + i * step * size, e[i]);
+            for (int i = 0; i < PLACES * PLACES; ++i) store(to + i * step * size, e[i]);
         }
     }
 }
 
-// y of tiles begin to end from v (PLACES * PLACES, TILES, size): A'MA + bias; with `seen`, which lies as y does, times
-// GELU'(seen)
+// The pixels of y in tiles begin to end from m (PLACES * PLACES, TILES, size): A'MA + bias, or with pre_activation, of
+// the shape of y, times GELU'(pre_activation)
 template <class Side>
 static void outputs(const Map &map, const Grid &grid, const Tiles &tiles, float *y, int64_t first, int64_t size,
-                    int64_t begin, int64_t end, const float *bias, const float *seen, const float *v) {
+                    int64_t begin, int64_t end, const float *bias, const float *pre_activation, const float *m) {
     constexpr int PLACES = Side::PLACES, OUT = Side::OUT;
     for (int64_t tile = begin; tile < end; ++tile) {
         float *at[OUT * OUT];
         pixels<OUT>(map, grid, tiles, y, first, tile, at);
         for (int64_t c = 0; c < size; c += LANES) {
             Vec d[PLACES * PLACES], e[OUT * OUT];
-            for (int i = 0; i < PLACES * PLACES; ++i) d[i] = get(v + (i * TILES + tile - begin) * size + c);
-            both<PLACES, OUT, Side::output>(d, e);
-            const Vec add = bias ? get(bias + c) : Vec{};
+            for (int i = 0; i < PLACES * PLACES; ++i) d[i] = load(m + (i * TILES + tile - begin) * size + c);
+            transform_2d<PLACES, OUT, Side::output>(d, e);
+            const Vec add = bias ? load(bias + c) : Vec{};
             for (int i = 0; i < OUT * OUT; ++i)
-                if (at[i]) put(at[i] + c, seen ? gelu_gradient(get(seen + (at[i] - y) + c), e[i]) : e[i] + add);
+                if (at[i])
+                    store(at[i] + c, pre_activation ? gelu_gradient(load(pre_activation + (at[i] - y) + c), e[i])
+                                                    : e[i] + add);
         }
     }
 }
 
-// Which of a filter's numbers belongs to one of a tile's.
+// The number of a transformed filter that place i of a tile is multiplied by.
 template <class Side>
-static int kind(int i) {
-    return Side::kind(i / Side::PLACES) * KINDS + Side::kind(i % Side::PLACES);
+static int filter_place(int i) {
+    return Side::filter_place(i / Side::PLACES) * FILTER_SIDE + Side::filter_place(i % Side::PLACES);
 }
 
-// Filters w (groups * out, 3, 3, in) to u (groups, 16, in, out), or, turned, to (groups, 16, out, in).
+// u (groups, 16, in, out), or if `transposed` (groups, 16, out, in), of filters w (groups * out, 3, 3, in)
 template <class Side>
-static void filters(const float *w, int64_t groups, int64_t in, int64_t out, bool turned, float *u) {
+static void filters(const float *w, int64_t groups, int64_t in, int64_t out, bool transposed, float *u) {
 #pragma omp for
     for (int64_t o = 0; o < groups * out; o += LANES) {
         const int64_t k = o % out;
-        float *base = u + o / out * KINDS * KINDS * in * out;
+        float *base = u + o / out * FILTER_PLACES * in * out;
         for (int64_t c = 0; c < in; c += LANES) {
-            float block[KINDS * KINDS][LANES][LANES];
+            float block[FILTER_PLACES][LANES][LANES];
             for (int l = 0; l < LANES; ++l) {
-                Vec one[9], all[KINDS * KINDS];
-                for (int i = 0; i < 9; ++i) one[i] = get(w + ((o + l) * 9 + (turned ? 8 - i : i)) * in + c);
-                both<3, KINDS, Side::filter>(one, all);
-                for (int i = 0; i < KINDS * KINDS; ++i)
-                    put(turned ? base + (i * out + k + l) * in + c : block[i][l], all[i]);
+                Vec one[9], all[FILTER_PLACES];
+                for (int i = 0; i < 9; ++i) one[i] = load(w + ((o + l) * 9 + (transposed ? 8 - i : i)) * in + c);
+                transform_2d<3, FILTER_SIDE, Side::filter>(one, all);
+                for (int i = 0; i < FILTER_PLACES; ++i)
+                    store(transposed ? base + (i * out + k + l) * in + c : block[i][l], all[i]);
             }
-            for (int i = 0; i < KINDS * KINDS && !turned; ++i)
+            for (int i = 0; i < FILTER_PLACES && !transposed; ++i)
                 for (int j = 0; j < LANES; ++j) {
                     Vec column;
                     for (int l = 0; l < LANES; ++l) column[l] = block[i][l][j];
-                    put(base + (i * in + c + j) * out + k, column);
+                    store(base + (i * in + c + j) * out + k, column);
                 }
         }
     }
 }
 
-// y = x * u (groups, 16, in, out) + bias (or null), or times GELU'(seen)
+// y = x * u (groups, 16, in, out) + bias (or null), or times GELU'(pre_activation)
 template <class Side>
 static void convolve(const Map &from, const Grid &source, const Map &to, const Grid &result, const float *x,
-                     const float *u, const float *bias, const float *seen, float *y, int64_t groups) {
+                     const float *u, const float *bias, const float *pre_activation, float *y, int64_t groups) {
     constexpr int ALL = Side::PLACES * Side::PLACES;
     const int64_t in = from.channels / groups, out = to.channels / groups;
     const Tiles tiles(to, result);
@@ -245,31 +247,31 @@ static void convolve(const Map &from, const Grid &source, const Map &to, const G
         const int64_t rows = (end - begin + ROWS - 1) / ROWS * ROWS;
         for (int i = 0; i < ALL; ++i)
             matmul<false>(rows, out, in, v.get() + i * TILES * in, in, 1,
-                          u + (g * KINDS * KINDS + kind<Side>(i)) * in * out, out, m.get() + i * TILES * out, out);
-        outputs<Side>(to, result, tiles, y, g * out, out, begin, end, bias ? bias + g * out : nullptr, seen,
+                          u + (g * FILTER_PLACES + filter_place<Side>(i)) * in * out, out, m.get() + i * TILES * out,
+                          out);
+        outputs<Side>(to, result, tiles, y, g * out, out, begin, end, bias ? bias + g * out : nullptr, pre_activation,
                       m.get());
     }
 }
 
-// y (N, out_height, out_width, groups * out) of x (N, height, width, groups * in), filters w (groups * out, 3, 3, in)
-// and bias (or null); stride 1 or 2, `top` and `left` zeros before x. Turned: x, the gradient of the input, of y, that
-// of the output; with `seen`, of the shape of x, the gradient of `seen` where the input is GELU(seen).
-extern "C" void normfree_winograd(float *x, const float *w, const float *bias, const float *seen, float *y,
-                                  int64_t images, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
-                                  int64_t groups, int64_t in, int64_t out, int64_t stride, int64_t top, int64_t left,
-                                  int32_t turned, int32_t threads) {
+void normfree_winograd(float *x, const float *w, const float *bias, const float *pre_activation, float *y,
+                       int64_t images, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                       int64_t groups, int64_t in, int64_t out, int64_t stride, int64_t top, int64_t left,
+                       int32_t transposed, int32_t threads) {
     const Map input{images, height, width, groups * in}, output{images, out_height, out_width, groups * out};
-    const Scratch u(groups * KINDS * KINDS * in * out);
+    const Scratch u(groups * FILTER_PLACES * in * out);
 #pragma omp parallel num_threads(threads)
     {
-        (stride == 1 ? filters<Same> : filters<Half>)(w, groups, in, out, turned, u.get());
-        if (!turned) {
-            const auto by = stride == 1 ? convolve<Same> : convolve<Half>;
+        (stride == 1 ? filters<Stride1> : filters<Stride2>)(w, groups, in, out, transposed, u.get());
+        if (!transposed) {
+            const auto by = stride == 1 ? convolve<Stride1> : convolve<Stride2>;
             by(input, {2 * stride, top, left}, output, {2, 0, 0}, x, u.get(), bias, nullptr, y, groups);
         } else if (stride == 1)
-            convolve<Same>(output, {2, 2 - top, 2 - left}, input, {2, 0, 0}, y, u.get(), nullptr, seen, x, groups);
+            convolve<Stride1>(output, {2, 2 - top, 2 - left}, input, {2, 0, 0}, y, u.get(), nullptr, pre_activation, x,
+                              groups);
         else
-            convolve<Twice>(output, {2, 1, 1}, input, {4, top, left}, y, u.get(), nullptr, seen, x, groups);
+            convolve<Stride2Transposed>(output, {2, 1, 1}, input, {4, top, left}, y, u.get(), nullptr, pre_activation,
+                                        x, groups);
     }
 }
 
@@ -282,7 +284,7 @@ static void filter_gradient(const Map &from, const Grid &source, const Map &to, 
     const int64_t blocks = (tiles.count + GRADIENT_TILES - 1) / GRADIENT_TILES;
     const int64_t padded = (out + ROWS - 1) / ROWS * ROWS;
     const int64_t parts = std::min(blocks, (16 + groups - 1) / groups);  // whatever the number of threads
-    const Scratch sums(groups * parts * KINDS * KINDS * padded * in), biases(groups * parts * out);
+    const Scratch sums(groups * parts * FILTER_PLACES * padded * in), biases(groups * parts * out);
     std::fill_n(biases.get(), groups * parts * out, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
@@ -298,9 +300,9 @@ static void filter_gradient(const Map &from, const Grid &source, const Map &to, 
                 transform<Side::OUT, PLACES, Side::output_gradient>(to, result, tiles, dy, g * out, out, begin, end,
                                                                     zeros.data(), d.get(), GRADIENT_TILES);
                 for (int i = 0; i < ALL; ++i) {  // (out, in) = or += (tiles, out)' (tiles, in)
-                    const bool add = block > first || i / PLACES == KINDS || i % PLACES == KINDS;
+                    const bool add = block > first || i / PLACES == FILTER_SIDE || i % PLACES == FILTER_SIDE;
                     const float *vi = v.get() + i * GRADIENT_TILES * in, *di = d.get() + i * GRADIENT_TILES * out;
-                    float *sum = sums.get() + (task * KINDS * KINDS + kind<Side>(i)) * padded * in;
+                    float *sum = sums.get() + (task * FILTER_PLACES + filter_place<Side>(i)) * padded * in;
                     (add ? matmul<true> : matmul<false>)(padded, in, end - begin, di, 1, out, vi, in, sum, in);
                     if (dbias && i == PLACES + 1)  // AdA' has the sum of a tile's pixels in its second row and column
                         add_columns(end - begin, out, di, biases.get() + task * out);
@@ -316,23 +318,22 @@ static void filter_gradient(const Map &from, const Grid &source, const Map &to, 
                 dbias[o] = bias;
             }
             for (int64_t c = 0; c < in; c += LANES) {
-                Vec s[KINDS * KINDS] = {}, w[9];
+                Vec s[FILTER_PLACES] = {}, w[9];
                 for (int64_t part = 0; part < parts; ++part)
-                    for (int i = 0; i < KINDS * KINDS; ++i)
-                        s[i] += get(sums.get() + (((g * parts + part) * KINDS * KINDS + i) * padded + k) * in + c);
-                both<KINDS, 3, Side::filter_gradient>(s, w);
-                for (int i = 0; i < 9; ++i) put(dw + (o * 9 + i) * in + c, w[i]);
+                    for (int i = 0; i < FILTER_PLACES; ++i)
+                        s[i] += load(sums.get() + (((g * parts + part) * FILTER_PLACES + i) * padded + k) * in + c);
+                transform_2d<FILTER_SIDE, 3, Side::filter_gradient>(s, w);
+                for (int i = 0; i < 9; ++i) store(dw + (o * 9 + i) * in + c, w[i]);
             }
         }
     }
 }
 
-// dw (groups * out, 3, 3, in) and, if not null, dbias (groups * out) of x and dy, which lies as y does
-extern "C" void normfree_winograd_filter_gradient(const float *x, const float *dy, float *dw, float *dbias,
-                                                  int64_t images, int64_t height, int64_t width, int64_t out_height,
-                                                  int64_t out_width, int64_t groups, int64_t in, int64_t out,
-                                                  int64_t stride, int64_t top, int64_t left, int32_t threads) {
+void normfree_winograd_filter_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t images,
+                                       int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                                       int64_t groups, int64_t in, int64_t out, int64_t stride, int64_t top,
+                                       int64_t left, int32_t threads) {
     const Map from{images, height, width, groups * in}, to{images, out_height, out_width, groups * out};
-    const auto by = stride == 1 ? filter_gradient<Same> : filter_gradient<Half>;
+    const auto by = stride == 1 ? filter_gradient<Stride1> : filter_gradient<Stride2>;
     by(from, {2 * stride, top, left}, to, {2, 0, 0}, x, dy, dw, dbias, groups, threads);
 }
