@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, cast
@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.utils import _pair
 
 from normfree import functional
+from normfree._compat import ConvNd, ConvTransposeNd, conv_forward, conv_pads, output_padding
 from normfree.errors import InputError, nearest
 
 Pair = tuple[int, int]
@@ -96,6 +96,11 @@ def _extent(kernel: Sequence[int], dilation: Pair) -> Pair:
     return (kernel[0] - 1) * dilation[0] + 1, (kernel[1] - 1) * dilation[1] + 1
 
 
+def _pair(value: int | Iterable[int]) -> Pair:
+    height, width = value if isinstance(value, Iterable) else (value, value)
+    return height, width
+
+
 def conv2d_same(
     x: Tensor,
     weight: Tensor,
@@ -127,7 +132,7 @@ fx.wrap("conv2d_same")  # torch.fx calls it as it is: it asks for sides
 REUSED: ContextVar[Mapping[WSConv, Tensor]] = ContextVar("REUSED", default=MappingProxyType({}))
 
 
-class WSConv(nn.modules.conv._ConvNd):
+class WSConv(ConvNd):
     """Scaled weight standardization for the convolution that a subclass also inherits from.
 
         Ŵ_i = (W_i - mean(W_i)) / sqrt(max(fan_in * var(W_i), 1e-4)) * gain_i * input_scale
@@ -161,9 +166,9 @@ class WSConv(nn.modules.conv._ConvNd):
         init_normal_(self.weight, self.fan_in**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        if "gain" in self._parameters:  # PyTorch's constructor calls this before there is one
+        if isinstance(getattr(self, "gain", None), nn.Parameter):  # else PyTorch's constructor is the caller
             nn.init.constant_(self.gain, self.initial_gain)
-        if isinstance(self._buffers.get("input_scale"), Tensor):
+        if isinstance(getattr(self, "input_scale", None), Tensor):
             nn.init.ones_(cast(Tensor, self.input_scale))
 
     def standardized_weight(self) -> Tensor:
@@ -386,7 +391,7 @@ class WSConv2d(_WSConvNd, nn.Conv2d):
         weight, bias = self._scaled(output_scale)
         stride, padding, dilation = (cast(Pair, n) for n in (self.stride, self.padding, self.dilation))
         if self.padding_mode != "zeros":
-            pads = self._reversed_padding_repeated_twice
+            pads = conv_pads(self)
             if self.padding == "same":
                 pads = _same_pads(input, _extent(cast(Pair, self.kernel_size), dilation), stride)
             made = F.pad(before(input) if before else input, pads, self.padding_mode)
@@ -403,7 +408,7 @@ class _WSForward(_WSConvNd):
 
     def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
         """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
-        return self._conv_forward(input, *self._scaled(output_scale))
+        return conv_forward(self, input, *self._scaled(output_scale))
 
 
 class WSConv1d(_WSForward, nn.Conv1d):
@@ -420,7 +425,7 @@ class WSConv3d(_WSForward, nn.Conv3d):
     """
 
 
-class _WSConvTransposeNd(_WSConvNd, nn.modules.conv._ConvTransposeNd):
+class _WSConvTransposeNd(_WSConvNd, ConvTransposeNd):
     """What the transposed convolutions share: their `weight` is (in, out / groups, ...).
 
     Mean and variance run over the filter of an output channel, (in / groups, ...), of which, with strides, one output
@@ -444,9 +449,9 @@ class _WSConvTransposeNd(_WSConvNd, nn.modules.conv._ConvTransposeNd):
         self, input: Tensor, output_size: list[int] | None = None, output_scale: Tensor | float | None = None
     ) -> Tensor:
         """`output_size` as in PyTorch's layers; `output_scale`, a scalar, multiplies by way of weight and bias."""
-        sizes = (self.stride, self.padding, self.kernel_size, self.dilation)
-        stride, padding, kernel, dilation = (list(cast(tuple[int, ...], size)) for size in sizes)
-        end = self._output_padding(input, output_size, stride, padding, kernel, len(kernel), dilation)
+        sizes = (self.stride, self.padding, self.dilation)
+        stride, padding, dilation = (list(cast(tuple[int, ...], size)) for size in sizes)
+        end = output_padding(self, input, output_size)
         return self._transpose(input, *self._scaled(output_scale), stride, padding, end, self.groups, dilation)
 
 
@@ -491,7 +496,7 @@ class BranchEnd(WSConv):
     def reset_parameters(self) -> None:
         """As `WSConv`'s; α and its gain 1."""
         super().reset_parameters()
-        if "skip_gain" in self._parameters:
+        if isinstance(getattr(self, "skip_gain", None), nn.Parameter):
             nn.init.ones_(self.skip_gain)
             nn.init.ones_(self.alpha)
 

@@ -25,7 +25,7 @@ ROWS = [
     {"weights", "data", "optim", "layers"},
     {"functional"},
     {"native", "config"},
-    {"errors", "files"},
+    {"errors", "files", "_compat"},
 ]
 ROW = {name: i for i, names in enumerate(ROWS) for name in names}
 FORBIDDEN = {("optim", "layers"), ("weights", "layers")}  # the same row: optimizers and files know tensors alone

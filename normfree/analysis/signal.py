@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree._compat import BatchNorm
 from normfree.config import MAX_PX, MAX_SEED
 from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.data import FolderImages, find_images, open_dataset
@@ -113,7 +114,7 @@ def _native_px(model: nn.Module) -> int:
 def _mode(model: nn.Module, training: bool | None) -> Iterator[bool]:
     """Sets the mode for a while; yields whether some batch normalization uses the statistics of the batch."""
     before = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     try:
         model.train(bool(training))
         if training is None:
@@ -125,7 +126,7 @@ def _mode(model: nn.Module, training: bool | None) -> Iterator[bool]:
             module.training = mode
 
 
-def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+def _is_fresh(norm: BatchNorm) -> bool:
     """By the values: converted weights have statistics, but often no count of batches."""
     mean, var = norm.running_mean, norm.running_var
     return mean is not None and var is not None and not mean.any() and bool((var == 1).all())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfree import functional
+from normfree._compat import conv_pads
 from normfree.conversion.graph import BATCH_NORMS, Branch, ConvSite, Graph
 from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.errors import InputError
@@ -234,7 +235,7 @@ def _standardized(conv: nn.Conv2d, norm: nn.Module | None, ends_branch: bool) ->
             conv.out_channels,
             conv.kernel_size,
             conv.stride,
-            padding="same" if same else tuple(conv._reversed_padding_repeated_twice[::-2]),
+            padding="same" if same else tuple(conv_pads(conv)[::-2]),
             dilation=conv.dilation,
             groups=conv.groups,
         )

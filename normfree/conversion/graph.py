@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 from normfree import functional
+from normfree._compat import BatchNorm, ConvNd, DropoutNd, NormBase, conv_pads, has_forward_hooks
 from normfree.errors import InputError
 from normfree.models.bn_resnet import SameConv2d
 
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+BATCH_NORMS = (BatchNorm, FrozenBatchNorm2d)
 OTHER_NORMS = (
-    nn.modules.batchnorm._NormBase,
+    NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
@@ -28,7 +29,7 @@ OTHER_NORMS = (
     nn.CrossMapLRN2d,
 )
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.local_response_norm)
-CONVS = nn.modules.conv._ConvNd
+CONVS = ConvNd
 PLAIN_CONVS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, SameConv2d.forward)
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -58,11 +59,11 @@ def _why_not(conv: Any) -> str | None:
     """The reason why this convolution cannot be converted."""
     if type(conv).forward not in PLAIN_CONVS:
         return f"{type(conv).__name__} is another kind of convolution"
-    if parametrize.is_parametrized(conv) or conv._forward_pre_hooks or conv._forward_hooks:
+    if parametrize.is_parametrized(conv) or has_forward_hooks(conv):
         return "its weight or output is computed by a parametrization or a hook"
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"
-    pads = conv._reversed_padding_repeated_twice
+    pads = conv_pads(conv)
     if pads[::2] != pads[1::2]:
         return "uneven padding"
     return None
@@ -230,9 +231,7 @@ class Graph:
             source = self.convs.get(node.all_input_nodes[0])
             rest_is_idle = all(isinstance(child, nn.Identity) for child in called.children())
             return source is not None and source.norm == node.target and rest_is_idle
-        return isinstance(called, (nn.Identity, nn.modules.dropout._DropoutNd)) or (
-            type(called).__name__ in OFF_IN_EVALUATION
-        )
+        return isinstance(called, (nn.Identity, DropoutNd)) or (type(called).__name__ in OFF_IN_EVALUATION)
 
     def _name_unreached(self) -> None:
         for name, m in self.modules.items():

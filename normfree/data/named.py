@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
+from normfree._compat import listed
 from normfree.data.images import ArrayImages, FolderImages, LabelledImages
 from normfree.data.remote import data_folder
 from normfree.data.splits import Splits, name_hash
@@ -40,8 +41,8 @@ _SETS = {
     "cifar100": _Set("CIFAR100", True, False, lambda d: (d.data, d.targets)),
     "svhn": _Set("SVHN", "train", "test", lambda d: (d.data.transpose(0, 2, 3, 1), d.labels)),
     "stl10": _Set("STL10", "train", "test", lambda d: (d.data.transpose(0, 2, 3, 1), d.labels)),
-    "gtsrb": _Set("GTSRB", "train", "test", lambda d: zip(*d._samples, strict=True)),
-    "oxford_pets": _Set("OxfordIIITPet", "trainval", "test", lambda d: (d._images, d._labels)),
+    "gtsrb": _Set("GTSRB", "train", "test", lambda d: zip(*listed(d, "samples"), strict=True)),
+    "oxford_pets": _Set("OxfordIIITPet", "trainval", "test", lambda d: listed(d, "images", "labels")),
     "food101": _Set("Food101", "train", "test"),
     "flowers102": _Set("Flowers102", "train", "val"),
     "dtd": _Set("DTD", "train", "val"),

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from normfree._compat import stored_values
 from normfree.config import MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.log import ProgressBar, RunLog, environment
@@ -282,7 +283,7 @@ class _Watch:
     def see(self, step: int, loss: Tensor, params: Iterable[Tensor]) -> Tensor:
         """Whether step `step` must not be made, since it or one before it is at fault; bool scalar on the device."""
         grads = (local(p.grad) for p in params if p.grad is not None)
-        bad = ~(loss.isfinite() & _all_finite([grad._values() if grad.is_sparse else grad for grad in grads]))
+        bad = ~(loss.isfinite() & _all_finite([stored_values(grad) for grad in grads]))
         self.first = torch.where(bad & (self.first < 0), torch.full_like(self.first, step), self.first)
         return self.first >= 0
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from normfree._compat import has_hooks
 from normfree.functional import dispatch
 from normfree.functional.dispatch import Geometry, Pads, Pair
 from normfree.functional.pointwise import gelu, gelu_gradient
@@ -73,10 +74,8 @@ def _is_gelu(before: Callable[[Tensor], Tensor] | None) -> bool:
     """Whether `before` is `gelu`, by itself or as a module without hooks."""
     if not isinstance(before, nn.Module):
         return before is gelu
-    hooks = before._forward_hooks, before._forward_pre_hooks, before._backward_hooks, before._backward_pre_hooks
-    hooked = any(hooks) or nn.modules.module._has_any_global_hook()
     scaled = getattr(before, "scaled", False)
-    return not hooked and not scaled and getattr(before, "function", None) is gelu
+    return not has_hooks(before) and not scaled and getattr(before, "function", None) is gelu
 
 
 class _Conv2d(Function):

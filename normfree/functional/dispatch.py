@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from normfree._compat import is_transformed
 from normfree.native import library, native_for
 
 Pair = tuple[int, int]
@@ -77,8 +77,7 @@ def has_gradient_kernel(kernel: str, grad: Tensor, *args: Tensor | Geometry | No
 
 def is_eager() -> bool:
     """Whether operations run as they are called: neither compiled, traced or transformed, nor in forward mode."""
-    recorded = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-    return not recorded and forward_ad._current_level < 0
+    return not (torch.compiler.is_compiling() or is_transformed())
 
 
 def run(kernel: str, *args: Tensor | float | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree._compat import BatchNorm, ConvNd, unwrapped
 from normfree.errors import InputError
 from normfree.layers import Activation
 from normfree.models.network import Network
@@ -176,7 +177,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     # other people's wrappers may compute something before the network or after it
     if isinstance(model, Network) or type(model).__module__.partition(".")[0] not in ("torch", "timm"):
         return model
-    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    inner = unwrapped(model)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
@@ -213,8 +214,8 @@ def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo,
 
 def _computes_the_same(own: nn.Module, like: nn.Module) -> bool:
     """Whether two layers with equal tensors are equal functions, by class, stride, padding, scales and activation."""
-    open_classes = (nn.modules.batchnorm._BatchNorm, nn.Linear)  # subclasses of these compute the same
+    open_classes = (BatchNorm, nn.Linear)  # subclasses of these compute the same
     if not isinstance(own, next((cls for cls in open_classes if isinstance(like, cls)), type(like))):
         return False
-    has_settings = isinstance(like, nn.modules.conv._ConvNd | nn.Linear | Activation)
+    has_settings = isinstance(like, ConvNd | nn.Linear | Activation)
     return not has_settings or own.extra_repr() == like.extra_repr()

@@ -31,6 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from normfree._compat import dispatch_mode_active, has_storage
+
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 C_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float}
@@ -42,10 +44,10 @@ def native_for(*tensors: Tensor) -> ctypes.CDLL | None:
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             return None
-        if not torch._C._has_storage(tensor):  # a tensor of vmap, which batched gradients use
+        if not has_storage(tensor):  # a tensor of vmap, which batched gradients use
             return None
     # a dispatch mode, such as a FLOP counter, would not see the kernels
-    return None if torch._C._len_torch_dispatch_stack() else library()
+    return None if dispatch_mode_active() else library()
 
 
 def library() -> ctypes.CDLL | None:

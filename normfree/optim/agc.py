@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normfree._compat import is_fsdp1_flat, step_pre_hooks
 from normfree.errors import InputError
 from normfree.native import library
 from normfree.optim.groups import (
@@ -153,7 +154,7 @@ def local_param(
     assert grad is not None
     if p.is_complex():
         raise InputError("adaptive gradient clipping does not take complex parameters: clip their real view")
-    if getattr(p, "_fsdp_flattened", False):
+    if is_fsdp1_flat(p):
         raise InputError("FSDP1's flat parameters hide the units: use FSDP2, torch.distributed.fsdp.fully_shard")
     whole = units == "tensor" or is_vector(p)
     num_units = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
@@ -364,7 +365,7 @@ class AGC:
         self._attach()
 
     def _attach(self) -> None:
-        hooks = self.optimizer._optimizer_step_pre_hooks.values()
+        hooks = step_pre_hooks(self.optimizer)
         if "clip_eps" in self.optimizer.defaults or any(isinstance(getattr(h, "__self__", None), AGC) for h in hooks):
             raise InputError(f"this {type(self.optimizer).__name__} already clips: detach() its AGC, if it has one")
         self._handles = [

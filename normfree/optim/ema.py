@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree._compat import registered_tensors
 from normfree.errors import InputError
 from normfree.optim.agc import at_least_float32
 from normfree.optim.shards import is_sharded, local
@@ -122,16 +123,8 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _signature(model: nn.Module) -> list[tuple]:
-    """Identity, shape, dtype and device of all parameters and buffers; much faster than `named_parameters`."""
-    tensors: list[Tensor | None] = []
-    modules: list[nn.Module | None] = [model]
-    while modules:
-        module = modules.pop()
-        if module is not None:
-            tensors += module._parameters.values()
-            tensors += module._buffers.values()
-            modules += module._modules.values()
-    return [(id(t), t.shape, t.dtype, t.device) for t in tensors if t is not None]
+    """Identity, shape, dtype and device of all parameters and buffers."""
+    return [(id(t), t.shape, t.dtype, t.device) for t in registered_tensors(model)]
 
 
 @torch.no_grad()

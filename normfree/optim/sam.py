@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normfree._compat import stored_values
 from normfree.errors import InputError
 from normfree.optim.agc import at_least_float32
 from normfree.optim.shards import by_process_groups, local, shard_groups
@@ -132,6 +133,5 @@ class SAM:
 
 def _first(grad: Any) -> Tensor:
     """A view of the first element of this rank's part of a gradient; an empty view if that part is empty."""
-    values = local(grad)
-    values = values._values() if values.is_sparse else values
+    values = stored_values(local(grad))
     return values[(slice(0, 1),) * values.ndim]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree._compat import fused_sgd_
 from normfree.errors import InputError
 from normfree.optim.agc import AGCStats, LocalParam, clip_local_params_, local_param
 from normfree.optim.ema import EMA, blend_
@@ -50,9 +51,10 @@ def sgd_step_(
         same_strides = all(
             p.stride() == g.stride() == m.stride() for p, g, m in zip(params, grads, momenta, strict=True)
         )
-        if momentum and same_strides and len({t.dtype for t in (*params, *grads, *momenta)}) == 1:  # the kernel's terms
+        one_dtype = len({t.dtype for t in (*params, *grads, *momenta)}) == 1
+        if fused_sgd_ and momentum and same_strides and one_dtype:  # the kernel's terms
             extra: dict[str, Any] = dict(dampening=0.0, maximize=False, is_first_step=False, found_inf=hold.float())
-            torch._fused_sgd_(params, grads, momenta, **options, **extra)
+            fused_sgd_(params, grads, momenta, **options, **extra)
             return
         before = [t.clone() for t in (*params, *momenta)]
         sgd_step_(params, grads, momenta, **options)

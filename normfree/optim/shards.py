@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normfree._compat import first_row
 from normfree.errors import InputError
 
 T = TypeVar("T")
@@ -40,11 +41,10 @@ def shard_groups(t: Any) -> list[tuple[Any, int]]:
 def first_local_row(p: Any) -> int:
     """The index in a DTensor of the first row that this rank has; InputError if its gradient is sharded otherwise."""
     from torch.distributed.tensor import Partial
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if p.grad.placements != p.placements or any(isinstance(at, Partial) for at in p.placements):
         raise InputError(f"a gradient placed as {p.grad.placements} does not fit a parameter placed as {p.placements}")
-    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0] if p.ndim else 0
+    return first_row(p)
 
 
 def by_process_groups(pairs: Iterable[tuple[tuple[Any, ...], T]]) -> dict[tuple[Any, ...], list[T]]:

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from normfree._compat import records, untyped
+
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save's files began before version 1.6
 
 
@@ -89,7 +91,7 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -
     tensor = torch.empty(0, dtype=dtype)
     if tensor.is_quantized:  # of which torch would not check that they are inside their storage
         raise ValueError(f"a tensor of type {dtype}")
-    return tensor.set_(storage._untyped_storage, offset, size, stride)
+    return tensor.set_(untyped(storage), offset, size, stride)
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -142,7 +144,7 @@ def load_torch(path: Path) -> Any:
         else:
             opened.seek(0)
             # torch.load hands TorchScript, which is code, to torch.jit: so the question is what torch's reader sees
-            if "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records():
+            if "constants.pkl" in records(opened):
                 raise Refused("TorchScript: save the network's state_dict()")
             archive = zipfile.ZipFile(opened)
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
