@@ -57,6 +57,7 @@ class SignalTable:
         return format_signals({"": self})
 
     def to_json(self) -> str:
+        """The table as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
 

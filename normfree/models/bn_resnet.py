@@ -22,7 +22,6 @@ from normfree.models.network import (
     check_four,
     check_rates,
     check_stem,
-    conv_macs,
     same_avg_pool,
 )
 from normfree.models.nfnet import SMALL_VARIANTS
@@ -92,9 +91,11 @@ class SameConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
 
     def reset_parameters(self) -> None:
+        """Normal of variance 1 / fan-in, truncated at two standard deviations."""
         init_normal_(self.weight, self.weight[0].numel() ** -0.5, truncated=True)
 
     def forward(self, input: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
         return conv2d_same(input, self.weight, None, stride, self.groups, dilation=dilation)
 
@@ -108,6 +109,7 @@ class BNAct(nn.Module):
         self.function = ACTIVATIONS[activation][0]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
         return self.function(self.bn(x))
 
 
@@ -125,18 +127,15 @@ class BNResBlock(Block):
         self.conv_shortcut = SameConv2d(in_channels, out_channels, 1, stride) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         out = self.act0(x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
         out = self.conv1(self.act1(self.conv0(out)))
         return self.conv2(self.act2(out)) + shortcut
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch of x."""
         return self.conv2(self.act2(self.conv1(self.act1(self.conv0(self.act0(x))))))
-
-    def count_macs(self, side: int) -> int:
-        out_side = -(-side // self.stride)
-        convs = (self.conv1, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs)
 
 
 class BNResNet(Network):
@@ -210,6 +209,7 @@ class BNNFNetBlock(Block):
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         out = self.act0(x)
         shortcut = x
         if self.conv_shortcut is not None:
@@ -219,14 +219,10 @@ class BNNFNetBlock(Block):
         return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out)))
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch of x, before stochastic depth."""
         out = self.conv1b(self.act1b(self.conv1(self.act1(self.conv0(self.act0(x))))))
         out = self.conv2(self.act2(out))
         return out * self.se(out)
-
-    def count_macs(self, side: int) -> int:
-        out_side = -(-side // self.stride)
-        convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class BNNFNet(Network):

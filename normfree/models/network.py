@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree import functional
 from normfree.errors import InputError
-from normfree.layers import REUSED, Activation, Linear, WSConv2d, same_padding
+from normfree.layers import (
+    REUSED,
+    Activation,
+    EfficientChannelAttention,
+    Linear,
+    SqueezeExcite,
+    WSConv2d,
+    same_padding,
+)
 from normfree.weights import ModelInfo
 
 
@@ -31,23 +39,29 @@ class FeatureInfo(list[dict]):
 
     @property
     def info(self) -> list[dict]:
+        """The rows as a plain list."""
         return list(self)
 
     def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
+        """The rows of the maps, reduced to `keys` if given; one row for an integer `idx`."""
         if isinstance(idx, int):
             return self[idx] if keys is None else {key: self[idx][key] for key in keys}
         return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
+        """The values of `key`; one value for an integer `idx`."""
         return self[idx][key] if isinstance(idx, int) else [row[key] for row in self.get_dicts(idx=idx)]
 
     def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The number of channels of the maps."""
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        """By how much the maps are smaller than the image."""
         return self.get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The names of the modules whose outputs the maps are."""
         return self.get("module", idx)
 
 
@@ -79,6 +93,7 @@ class ClassifierHead(nn.Module):
             self.fc.initialize(self.std)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, C, H, W) -> logits (N, num_classes), or with `pre_logits` pooled features (N, C)."""
         pooled = functional.spatial_mean(x) if self.global_pool else x
         return pooled if pre_logits else self.fc(self.drop(pooled))
 
@@ -108,13 +123,17 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def count_macs(self, side: int) -> int:
-        """Multiply-adds for an input of side x side pixels."""
-        raise NotImplementedError
+        """Multiply-adds for an input of side x side pixels; all convolutions but `conv0` put out the block's size."""
+        macs = 0
+        for name, layer in self.named_children():
+            macs += conv_macs(layer, side if name == "conv0" else -(-side // self.stride))
+            macs += layer.count_macs() if isinstance(layer, SqueezeExcite | EfficientChannelAttention) else 0
+        return macs
 
 
-def conv_macs(conv: nn.Module | None, side: int) -> int:
-    """Multiply-adds of a convolution whose output is side x side pixels; 0 for none."""
-    return side**2 * conv.weight.numel() if isinstance(conv, nn.Conv2d) else 0
+def conv_macs(layer: nn.Module, side: int) -> int:
+    """Multiply-adds of a convolution whose output is side x side pixels; 0 for other layers."""
+    return side**2 * layer.weight.numel() if isinstance(layer, nn.Conv2d) else 0
 
 
 class MaxPool(nn.Module):
@@ -125,6 +144,7 @@ class MaxPool(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
         if self.padding == "symmetric":
             return F.max_pool2d(x, 3, 2, 1)
         if not torch.compiler.is_compiling():
@@ -183,6 +203,7 @@ class Stem(nn.Sequential):
     """Convolutions in a row, and activations."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W) -> (N, C, h, w)."""
         return run_stem(self, input)
 
 
@@ -192,6 +213,7 @@ class Stage(nn.Sequential):
     grad_checkpointing = False
 
     def forward(self, input: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, h, w)."""
         for block in self:
             input = rematerialize(block, input) if self.grad_checkpointing and torch.is_grad_enabled() else block(input)
         return input
@@ -320,6 +342,7 @@ class Network(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Images (N, in_channels, H, W) -> logits (N, num_classes), or the list of feature maps."""
         if self.out_indices is not None:
             return self.forward_intermediates(x, intermediates_only=True)
         return self.forward_head(self.forward_features(x))
@@ -339,6 +362,7 @@ class Network(nn.Module):
         return total + (self.head.fc.weight.numel() if isinstance(self.head.fc, nn.Linear) else 0)
 
     def get_classifier(self) -> nn.Module:
+        """The last linear layer; nn.Identity if there is none."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -431,6 +455,7 @@ def check_padding(padding: str) -> None:
 
 
 def check_stem(channels: Sequence[int], strides: Sequence[int]) -> None:
+    """InputError unless every convolution of the stem has a stride."""
     if not channels or len(strides) != len(channels) + 1:
         raise InputError("stem_strides has one number more than stem_channels; the last is for width[0] / 2 channels")
 

@@ -20,7 +20,6 @@ from normfree.models.network import (
     check_four,
     check_padding,
     check_rates,
-    conv_macs,
     same_avg_pool,
 )
 
@@ -87,6 +86,7 @@ class NFRegBlock(Block):
         self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         shortcut = x
         if self.conv_shortcut is not None and self.stride > 1:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
@@ -98,16 +98,12 @@ class NFRegBlock(Block):
         return shortcut + self.stochastic_depth(out)
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch of x, before stochastic depth, SkipInit gain and α."""
         return self.conv2(self._gated(x), before=self.act)
 
     def _gated(self, x: Tensor) -> Tensor:
         out = self.conv1(self.conv0(x, before=self.act), before=self.act)
         return out * (2 * self.se(out))
-
-    def count_macs(self, side: int) -> int:
-        out_side = -(-side // self.stride)
-        convs = (self.conv1, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class NFRegNet(Network):

@@ -22,7 +22,6 @@ from normfree.models.network import (
     check_four,
     check_padding,
     check_rates,
-    conv_macs,
     same_avg_pool,
 )
 
@@ -87,6 +86,7 @@ class NFResBlock(Block):
         self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         shortcut = x
         if self.conv_shortcut is not None and self.pools:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
@@ -101,15 +101,10 @@ class NFResBlock(Block):
         return shortcut + self.stochastic_depth(out)
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch of x, before stochastic depth, SkipInit gain and α."""
         out = self.conv1(self.conv0(x, before=self.act), before=self.act)
         out = self.conv2(out, before=self.act)
         return out if self.se is None else out * (2 * self.se(out))
-
-    def count_macs(self, side: int) -> int:
-        out_side = -(-side // self.stride)
-        se = 0 if self.se is None else self.se.count_macs()
-        convs = (self.conv1, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + se
 
 
 class NFResNet(Network):

@@ -23,7 +23,6 @@ from normfree.models.network import (
     check_padding,
     check_rates,
     check_stem,
-    conv_macs,
     same_avg_pool,
 )
 
@@ -145,6 +144,7 @@ class NFBlock(Block):
         self._add_skip_gain(skip_init, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         shortcut = x
         if self.conv_shortcut is not None and self.stride > 1:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
@@ -155,6 +155,7 @@ class NFBlock(Block):
         return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * scale))
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch of x, before stochastic depth, SkipInit gain and α."""
         out = self._convolve(x)
         return out * (2 * self.se(out))
 
@@ -163,11 +164,6 @@ class NFBlock(Block):
         if self.conv1b is not None:
             out = self.conv1b(out, before=self.act)
         return self.conv2(out, before=self.act)
-
-    def count_macs(self, side: int) -> int:
-        out_side = -(-side // self.stride)
-        convs = (self.conv1, self.conv1b, self.conv2, self.conv_shortcut)
-        return conv_macs(self.conv0, side) + sum(conv_macs(conv, out_side) for conv in convs) + self.se.count_macs()
 
 
 class NFNet(Network):

@@ -68,6 +68,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def find_variant(name: str) -> Variant:
+    """The row of `name` in its family's table; InputError for an unknown name."""
     return _find(name)[1]
 
 

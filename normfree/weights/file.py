@@ -29,6 +29,7 @@ NON_WEIGHT_OPTIONS = {"drop_rate", "stochastic_depth", "skip_init", "global_pool
 
 
 def package_version(package: str = "normfree") -> str:
+    """The version of an installed package, or "unknown"."""
     try:
         return version(package)
     except PackageNotFoundError:  # run from a checkout that was not installed
@@ -68,6 +69,7 @@ class ModelInfo:
     normfree_version: str = field(default_factory=package_version)
 
     def to_metadata(self) -> dict[str, str]:
+        """The header of a safetensors file."""
         return {KEY: json.dumps({"format": FORMAT} | asdict(self))}
 
     @classmethod

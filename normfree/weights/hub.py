@@ -39,6 +39,7 @@ class HubURI:
 
 
 def is_hub_uri(path: str | os.PathLike) -> bool:
+    """Whether `path` is an address hf://..., well-formed or not."""
     return isinstance(path, str) and path.startswith("hf://")
 
 

@@ -38,7 +38,7 @@ class Placeholder:
         return super().__new__(cls)
 
     def ignore(self, *anything: Any) -> None:
-        pass
+        """Takes any call and keeps nothing."""
 
     __setstate__ = __setitem__ = append = extend = add = ignore
 
@@ -49,12 +49,14 @@ class Unpickler(pickle.Unpickler):
     admitted: ClassVar[Mapping[str, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a global of the pickle stands for; nothing is imported."""
         name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # Python 2's modules, which protocol 2 still writes
         meaning = self.admitted[name] if name in self.admitted else self.unknown(name)
         # a pickle can set attributes of a function, but not of a placeholder
         return _calling(meaning) if isinstance(meaning, FunctionType) else meaning
 
     def unknown(self, name: str) -> Any:
+        """What a name that is not admitted stands for; raises `Refused` here."""
         raise Refused(name)
 
 
