@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import MAX_WORKERS, RunConfig, load_config, options_of
+from normfree.config import MAX_WORKERS, ClassificationRun, load_config, options_of
 from normfree.errors import InputError, check_range, nearest, quoted
 from normfree.files import check_writable
 
@@ -48,7 +48,7 @@ are installed, and whether the kernels for CPUs are in use.
 class Train:
     """Train a classifier. Without DATA: 5,000 packaged digits, minutes on a laptop."""
 
-    run: RunConfig = field(default_factory=RunConfig)
+    run: ClassificationRun = field(default_factory=ClassificationRun)
     recipe: str | None = None
     """Where the defaults come from: a recipe of the paper such as nfnet_f0 or nfnet_f0_baseline, or mnist5k; None: they
     are chosen by the images and the machine, and said."""
@@ -62,6 +62,7 @@ def train(args: Sequence[str]) -> None:
     options: Train = parse(Train, "train", args)
     from normfree.engine.device import keep_freed_memory
     from normfree.tasks import classification
+    from normfree.tasks.choice import choose_recipe
 
     keep_freed_memory()
     given = given_options(args)
@@ -77,7 +78,7 @@ def train(args: Sequence[str]) -> None:
         outcome = classification.resume(folder, run)
     else:
         values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
-        run, reasons = classification.choose_recipe(options.recipe, values)
+        run, reasons = choose_recipe(options.recipe, values)
         out = None if options.out is None else Path(options.out)
         outcome = classification.start(run, out, [reason.text for reason in reasons])
     folder = outcome.folder
@@ -119,8 +120,7 @@ def evaluate(
         workers: Processes that read images; None: one less than the cores.
         out: File for the whole report. .json: everything, with the confusion matrix; .csv: a row for each class.
     """
-    from normfree.engine.evaluate import score_table
-    from normfree.tasks.classification import evaluate_weights
+    from normfree.tasks.accuracy import evaluate_weights, score_table
 
     accuracy, info = evaluate_weights(weights, data, px, held_out, seed, device, workers, out)
     for line in accuracy.unreadable:
@@ -345,7 +345,7 @@ def option_names(target: Any) -> Iterator[str]:
     for name, hint in typing.get_type_hints(target).items():
         if dataclasses.is_dataclass(hint):
             yield from option_names(hint)
-        elif name != "return":
+        elif name != "return" and typing.get_origin(hint) is not typing.ClassVar:
             flag = name.replace("_", "-")
             yield f"--{flag}"
             if hint is bool:
@@ -384,7 +384,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
         if not isinstance(error, Diverged | Interrupted | WorkerDied):
             raise
-        _fail(str(error), error.exit_code if isinstance(error, Interrupted) else 1)
+        remedy = ""
+        if isinstance(error, Diverged):
+            remedy = ". Lower --lr, lengthen --warmup-epochs or lower --clipping; the last checkpoint is from before"
+        _fail(f"{error}{remedy}", error.exit_code if isinstance(error, Interrupted) else 1)
 
 
 def _run(args: Sequence[str]) -> None:

@@ -10,17 +10,22 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from tyro.conf import Positional, arg
 
-from normfree.errors import InputError, nearest, quoted
+from normfree.errors import InputError, check_range, nearest, quoted
+from normfree.files import replacing
 
 Four = tuple[int, int, int, int]
 EvalCrop = Literal["center", "resize_crop", "crop_resize"]
 AugmentStyle = Literal["pil", "paper"]
 CropStyle = Literal["pil", "paper", "shift"]
 MixPairs = Literal["stream", "batch"]
+OptimizerName = Literal["sgd", "adamw"]
+Clip = Literal["agc", "norm", "none"]
+Precision = Literal["float32", "bfloat16"]
+FORMAT = 2  # of config.json; 1 had no format and no task, and was of a classification
 T = typing.TypeVar("T")
 Chosen = Annotated[T, arg(help_behavior_hint="(default: chosen)")]
 """An option that `normfree train` chooses where it is not given; its default is for Python."""
@@ -63,6 +68,10 @@ class ModelConfig:
         others = ("model", "in_channels", "init", "freeze")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        _need(self.in_channels in (1, 3), f"in-channels {self.in_channels}: 1 (grey) or 3 (RGB)")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -104,10 +113,33 @@ class DataConfig:
     max_unreadable: float = 0.05
     """Stop when more than this share of the training images cannot be read."""
 
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        held_out = self.validation_fraction
+        _need(0 < held_out < 1, f"validation-fraction {held_out}: between 0 and 1")
+        check_range("train-px", self.train_px, 8, MAX_PX)
+        check_range("eval-px", self.eval_px, 8, MAX_PX)
+        _need(0 < self.min_area <= 1, f"min-area {self.min_area}: more than 0, at most 1")
+        _need(
+            self.crop_style != "shift" or self.min_area == DataConfig.min_area,
+            f"min-area {self.min_area} has no effect with --crop-style shift; add --crop-style pil",
+        )
+        _need(self.mixup >= 0, f"mixup {self.mixup}: at least 0; 0 switches it off, the paper's is 0.2")
+        _need(self.cutmix >= 0, f"cutmix {self.cutmix}: at least 0; 0 switches it off, the paper's is 1")
+        _need(
+            self.mix_pairs == "stream" or self.mixup > 0 or self.cutmix > 0,
+            f"mix-pairs {self.mix_pairs} has no effect without --mixup or --cutmix",
+        )
+        layers = self.randaugment_layers
+        _need(layers >= 0, f"randaugment-layers {layers}: at least 0; 0 switches it off")
+        check_range("randaugment-magnitude", self.randaugment_magnitude, 0, 30)
+        _need(0 < self.crop_fraction <= 1, f"crop-fraction {self.crop_fraction}: more than 0, at most 1")
+        check_range("max-unreadable", self.max_unreadable, 0, 1)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay (paper, appendix A.1)."""
+    """The optimizer, by default the paper's: Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay."""
 
     epochs: Chosen[float] = 20
     """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
@@ -126,12 +158,17 @@ class OptimConfig:
     """The same in steps; None: as `warmup_epochs` says."""
     final_lr: float = 0.0
     """Where the cosine ends."""
+    optimizer: OptimizerName = "sgd"
+    """sgd: SGD with Nesterov momentum, the paper's; adamw."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum; of adamw, β1."""
     weight_decay: Chosen[float] = 2e-5
-    """Added to the gradient; not on gains, biases and SkipInit gains."""
+    """Added to the gradient, or with adamw to the step; not on gains, biases and SkipInit gains."""
+    clip: Clip = "agc"
+    """agc: the gradient of each unit is clipped by the norm of its weights; norm: all gradients by their norm; none:
+    nothing is clipped."""
     clipping: Chosen[float | None] = 0.01
-    """AGC's λ; larger for small batches; None clips nothing."""
+    """AGC's λ, larger for small batches; with `--clip norm` the largest norm; None clips nothing."""
     clip_eps: float = 1e-3
     """AGC's ε, the smallest weight norm that counts."""
     sam_rho: float = 0.0
@@ -144,6 +181,38 @@ class OptimConfig:
     """0: classes count by their images; 1: all alike, however few images they have (logit adjustment); or between."""
     ema_decay: float = 0.99999
     """Moving average of the weights, with warm-up; the average is what is evaluated and kept."""
+
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        _need(self.epochs > 0, f"epochs {self.epochs}: more than 0")
+        _need(self.batch_size >= 1, f"batch-size {self.batch_size}: at least 1")
+        _need(self.steps is None or self.steps >= 1, f"steps {self.steps}: at least 1, or None")
+        warmup = self.warmup_steps
+        _need(warmup is None or warmup >= 0, f"warmup-steps {warmup}: at least 0, or None")
+        _need(0 <= self.final_lr <= self.lr, f"final-lr {self.final_lr}: 0 to the learning rate {self.lr}")
+        part = self.micro_batch
+        _need(part is None or part >= 1, f"micro-batch {part}: at least 1, or None")
+        _need(self.lr >= 0, f"lr {self.lr}: at least 0")
+        _need(
+            0 <= self.warmup_epochs < self.epochs or self.steps is not None,
+            f"warmup-epochs {self.warmup_epochs}: at least 0 and less than epochs {self.epochs}",
+        )
+        _need(0 <= self.balance <= 1, f"balance {self.balance}: between 0 and 1")
+        _need(0 < self.momentum < 1, f"momentum {self.momentum}: between 0 and 1")
+        _need(self.weight_decay >= 0, f"weight-decay {self.weight_decay}: at least 0")
+        clipping = self.clipping
+        _need(clipping is None or clipping > 0, f"clipping {clipping}: more than 0, or None")
+        _need(clipping is None or self.clip != "none", f"clipping {clipping} has no effect with --clip none")
+        _need(self.clip_eps > 0, f"clip-eps {self.clip_eps}: more than 0")
+        _need(
+            self.clip == "agc" or self.clip_eps == OptimConfig.clip_eps,
+            f"clip-eps {self.clip_eps} has no effect with --clip {self.clip}",
+        )
+        _need(self.sam_rho >= 0, f"sam-rho {self.sam_rho}: at least 0; 0 switches it off")
+        _need(0 < self.sam_fraction <= 1, f"sam-fraction {self.sam_fraction}: more than 0, at most 1")
+        smoothing = self.label_smoothing
+        _need(0 <= smoothing < 1, f"label-smoothing {smoothing}: from 0 to less than 1")
+        _need(0 <= self.ema_decay < 1, f"ema-decay {self.ema_decay}: from 0 to less than 1")
 
 
 @dataclass(frozen=True)
@@ -165,76 +234,59 @@ class MachineConfig:
     wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
     """Weights & Biases project for the numbers of log.jsonl, after `pip install wandb`; None: without."""
 
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        check_range("workers", self.workers, 0, MAX_WORKERS)
+        _need(self.eval_every > 0, f"eval-every {self.eval_every}: more than 0")
+        _need(self.checkpoint_minutes >= 0, f"checkpoint-minutes {self.checkpoint_minutes}: at least 0")
+        _need(self.keep_checkpoints >= 1, f"keep-checkpoints {self.keep_checkpoints}: at least 1")
+        _need(self.log_every >= 1, f"log-every {self.log_every}: at least 1")
+
+
+class Run(Protocol):
+    """What the configurations of all tasks share: frozen dataclasses, of which the same value gives the same run."""
+
+    task: ClassVar[str]
+
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def machine(self) -> MachineConfig: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+    def check(self) -> None: ...
+
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything about a training run. The same value gives the same run."""
+class ClassificationRun:
+    """Everything about the training of a classifier."""
 
+    task: ClassVar[str] = "classification"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     seed: int = 0
     """Order, augmentation, initialisation, dropout: all follow from it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """bfloat16: convolutions and activations in bfloat16, weights and their update in float32."""
 
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        for part in (self.optim, self.data, self.model, self.machine):
+            part.check()
+        _need(
+            self.data.mix_pairs == "stream" or self.optim.batch_size >= 2,
+            f"mix-pairs {self.data.mix_pairs} mixes images of a batch, so that --batch-size is at least 2",
+        )
+        check_range("seed", self.seed, 0, MAX_SEED)
 
-def validate(run: RunConfig) -> None:
-    """Raises InputError for the first value that is out of its range."""
-    m, d, o, c = run.model, run.data, run.optim, run.machine
-    for good, message in (
-        (o.epochs > 0, f"epochs {o.epochs}: more than 0"),
-        (o.batch_size >= 1, f"batch-size {o.batch_size}: at least 1"),
-        (o.steps is None or o.steps >= 1, f"steps {o.steps}: at least 1, or None"),
-        (o.warmup_steps is None or o.warmup_steps >= 0, f"warmup-steps {o.warmup_steps}: at least 0, or None"),
-        (0 <= o.final_lr <= o.lr, f"final-lr {o.final_lr}: 0 to the learning rate {o.lr}"),
-        (o.micro_batch is None or o.micro_batch >= 1, f"micro-batch {o.micro_batch}: at least 1, or None"),
-        (o.lr >= 0, f"lr {o.lr}: at least 0"),
-        (
-            0 <= o.warmup_epochs < o.epochs or o.steps is not None,
-            f"warmup-epochs {o.warmup_epochs}: at least 0 and less than epochs {o.epochs}",
-        ),
-        (0 <= o.balance <= 1, f"balance {o.balance}: between 0 and 1"),
-        (0 < o.momentum < 1, f"momentum {o.momentum}: between 0 and 1"),
-        (o.weight_decay >= 0, f"weight-decay {o.weight_decay}: at least 0"),
-        (o.clipping is None or o.clipping > 0, f"clipping {o.clipping}: more than 0, or None"),
-        (o.clip_eps > 0, f"clip-eps {o.clip_eps}: more than 0"),
-        (o.sam_rho >= 0, f"sam-rho {o.sam_rho}: at least 0; 0 is without"),
-        (0 < o.sam_fraction <= 1, f"sam-fraction {o.sam_fraction}: more than 0, at most 1"),
-        (0 <= o.label_smoothing < 1, f"label-smoothing {o.label_smoothing}: from 0 to less than 1"),
-        (0 <= o.ema_decay < 1, f"ema-decay {o.ema_decay}: from 0 to less than 1"),
-        (0 < d.validation_fraction < 1, f"validation-fraction {d.validation_fraction}: between 0 and 1"),
-        (all(px is None or 8 <= px <= 4096 for px in (d.train_px, d.eval_px)), "train-px and eval-px: 8 to 4096"),
-        (0 < d.min_area <= 1, f"min-area {d.min_area}: more than 0, at most 1"),
-        (
-            d.crop_style != "shift" or d.min_area == DataConfig.min_area,
-            f"min-area {d.min_area}: void with --crop-style shift; add --crop-style pil",
-        ),
-        (d.mixup >= 0, f"mixup {d.mixup}: at least 0; 0 is without, the paper's is 0.2"),
-        (d.cutmix >= 0, f"cutmix {d.cutmix}: at least 0; 0 is without, the paper's is 1"),
-        (
-            d.mix_pairs == "stream" or d.mixup > 0 or d.cutmix > 0,
-            f"mix-pairs {d.mix_pairs}: void without --mixup or --cutmix",
-        ),
-        (
-            d.mix_pairs == "stream" or o.batch_size >= 2,
-            f"mix-pairs {d.mix_pairs}: an image is mixed with another of its batch, so that --batch-size is at least 2",
-        ),
-        (d.randaugment_layers >= 0, f"randaugment-layers {d.randaugment_layers}: at least 0; 0 is without"),
-        (0 <= d.randaugment_magnitude <= 30, f"randaugment-magnitude {d.randaugment_magnitude}: 0 to 30"),
-        (0 < d.crop_fraction <= 1, f"crop-fraction {d.crop_fraction}: more than 0, at most 1"),
-        (0 <= d.max_unreadable <= 1, f"max-unreadable {d.max_unreadable}: 0 to 1"),
-        (m.in_channels in (1, 3), f"in-channels {m.in_channels}: 1 (grey) or 3 (RGB)"),
-        (c.workers is None or 0 <= c.workers <= 256, f"workers {c.workers}: 0 to 256"),
-        (c.eval_every > 0, f"eval-every {c.eval_every}: more than 0"),
-        (c.checkpoint_minutes >= 0, f"checkpoint-minutes {c.checkpoint_minutes}: at least 0"),
-        (c.keep_checkpoints >= 1, f"keep-checkpoints {c.keep_checkpoints}: at least 1"),
-        (c.log_every >= 1, f"log-every {c.log_every}: at least 1"),
-        (0 <= run.seed < 2**32, f"seed {run.seed}: 0 to 2^32 - 1"),
-    ):
-        if not good:
-            raise InputError(f"--{message}")
+
+def _need(good: bool, message: str) -> None:
+    if not good:
+        raise InputError(f"--{message}")
 
 
 def options_of(config: Any) -> dict[str, Any]:
@@ -264,28 +316,46 @@ def with_options(config: Config, values: Mapping[str, Any]) -> Config:
 def spell(name: str, value: Any) -> str:
     """An option as it is given on the command line: `--train-px 64`."""
     flag = name.replace("_", "-")
-    if isinstance(options_of(RunConfig())[name], bool):
+    if isinstance(options_of(ClassificationRun())[name], bool):
         return f"--{'' if value else 'no-'}{flag}"
     words = value if isinstance(value, tuple) else (value,)
     return " ".join((f"--{flag}", *(f"{w:.12g}" if isinstance(w, float) else quoted(str(w)) for w in words)))
 
 
-def save_config(run: RunConfig, path: str | os.PathLike) -> None:
-    Path(path).write_text(json.dumps(asdict(run), indent=2) + "\n")
+def save_config(run: Any, path: str | os.PathLike) -> None:
+    """Writes a run's configuration, a dataclass, as JSON with the name of its task."""
+    content = {"format": FORMAT, "task": run.task} | asdict(run)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_config(path: str | os.PathLike) -> RunConfig:
-    """Inverse of `save_config`; InputError for a damaged file or an unknown field."""
+def load_config(path: str | os.PathLike, cls: type[Config] = ClassificationRun) -> Config:
+    """The configuration that `save_config` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged, has an unknown field, or is of another task than `cls`.
+    """
     try:
-        return _from_json(RunConfig, json.loads(Path(path).read_text()))
+        content = json.loads(Path(path).read_text())
+        number, task = content.pop("format", 1), content.pop("task", ClassificationRun.task)
+        if number not in (1, FORMAT):
+            raise ValueError("it is of a newer version of normfree")
+        wanted = typing.cast(Any, cls).task
+        if task != wanted:
+            raise InputError(f"{path} is of a run of {task}, not of {wanted}")
+        return _from_json(cls, content)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no configuration of a run ({error})") from None
 
 
+# No library reads dataclasses from JSON as strictly as the command line is read: with unknown fields named, and 1 not
+# taken for True.
 def _from_json(cls: type, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if typing.get_origin(hint) is not ClassVar}
     unknown = values.keys() - hints.keys()
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}{nearest(min(unknown), hints)}")

@@ -20,7 +20,7 @@ from PIL import Image
 
 import normfree
 from normfree.cli import Train, main, option_names
-from normfree.config import RunConfig
+from normfree.config import ClassificationRun
 from normfree.engine.checkpoint import check_free
 from normfree.errors import InputError
 
@@ -559,7 +559,7 @@ def test_only_the_command_changes_how_the_process_keeps_memory(photos, tmp_path,
 
 def test_options_of_the_configuration_are_unique():
     """They share one flat name space on the command line."""
-    names = list(option_names(RunConfig))
+    names = list(option_names(ClassificationRun))
     assert len(names) == len(set(names))
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import records, same_run, small_run
 
+from normfree.config import save_config
 from normfree.data.images import changed, inventory
 from normfree.data.sources import open_dataset
 from normfree.engine import checkpoint, loop
@@ -24,7 +25,6 @@ from normfree.engine.loop import Diverged, Interrupted, train
 from normfree.errors import InputError
 from normfree.files import working_in
 from normfree.optim.sgd import SGD_AGC, sgd_step_
-from normfree.tasks import classification
 from normfree.tasks.classification import Classification, build, evaluation_command, resume, start
 
 
@@ -62,7 +62,8 @@ def test_nothing_is_updated_from_the_first_bad_step_on_however_late_it_is_seen(
 ):
     """As on a device, which is not asked after every step: the flag stays there, and holds the updates back."""
     run = small_run(photos, epochs=2, log_every=100)
-    task, optimizer, ema, plan = build(run)
+    job = build(run)
+    task, plan = job.task, replace(job.plan, check_every=check_every)
     seen = {}
     original = loop._gradients
 
@@ -73,7 +74,7 @@ def test_nothing_is_updated_from_the_first_bad_step_on_however_late_it_is_seen(
     monkeypatch.setattr(loop, "_gradients", gradients)
     poison_gradient(monkeypatch, "stages.2.0.conv0.weight", step=5)
     with pytest.raises(Diverged, match=r"^step 6: the gradient of stages\.2\.0\.conv0\.weight"):
-        train(task, optimizer, ema, replace(plan, check_every=check_every), run.machine, new(tmp_path, run), run.seed)
+        train(task, job.update, plan, new(tmp_path, run), run.seed)
     assert max(seen) == {1: 5, 4: 7, 100: 8}[check_every]  # after 9 steps an epoch is over, and evaluated
     for name, value in task.model.state_dict().items():
         assert torch.equal(value, seen[5][name]), name
@@ -81,7 +82,7 @@ def test_nothing_is_updated_from_the_first_bad_step_on_however_late_it_is_seen(
 
 
 def new(tmp_path: Path, run) -> Path:
-    classification.save_config(run, tmp_path / "config.json")
+    save_config(run, tmp_path / "config.json")
     return tmp_path
 
 
@@ -89,7 +90,8 @@ def new(tmp_path: Path, run) -> Path:
 def test_the_layer_is_found_by_repeating_the_step_as_it_was(photos, tmp_path, monkeypatch, check_every):
     """A layer whose output is not finite for one draw of dropout only: with other random numbers it would be missed."""
     run = small_run(photos, epochs=2, log_every=100)
-    task, optimizer, ema, plan = build(run)
+    job = build(run)
+    task, plan = job.task, replace(job.plan, check_every=check_every)
     torch.manual_seed(run.seed * 1_000_003 + 6)
     expected = torch.rand(1)
     block = task.model.stages[2][0]
@@ -104,7 +106,7 @@ def test_the_layer_is_found_by_repeating_the_step_as_it_was(photos, tmp_path, mo
 
     monkeypatch.setattr(block, "forward", forward)
     with pytest.raises(Diverged, match=r"^step 7: the output of stages\.2\.0 "):
-        train(task, optimizer, ema, replace(plan, check_every=check_every), run.machine, new(tmp_path, run), run.seed)
+        train(task, job.update, plan, new(tmp_path, run), run.seed)
 
 
 def test_weights_that_overflow_are_neither_evaluated_nor_kept(photos, tmp_path, monkeypatch):
@@ -170,15 +172,15 @@ def test_sgd_agc_obeys_hold():
 def interrupted(run, folder: Path, after: int, monkeypatch) -> None:
     """A run that was stopped by a signal after so many steps."""
     with monkeypatch.context() as patch:
-        original = Classification.notices
+        original = Classification.batches
 
-        def notices(self, batch):
-            self.count = getattr(self, "count", 0) + 1
-            if self.count == after:
-                os.kill(os.getpid(), 15)
-            return original(self, batch)
+        def batches(self, steps, shard):
+            for count, batch in enumerate(original(self, steps, shard), 1):
+                if count == after:
+                    os.kill(os.getpid(), 15)
+                yield batch
 
-        patch.setattr(Classification, "notices", notices)
+        patch.setattr(Classification, "batches", batches)
         with pytest.raises(Interrupted):
             start(run, folder)
 
@@ -307,7 +309,7 @@ def test_a_disk_that_is_full_is_one_line_and_what_is_there_stays_whole(photos, t
         "cli.main(['train', *sys.argv[1:]])"
     )
     run = small_run(photos, epochs=3)
-    classification.save_config(run, tmp_path / "config.json")
+    save_config(run, tmp_path / "config.json")
     command = [sys.executable, "-c", code, str(tmp_path / "config.json"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -454,8 +456,8 @@ def test_a_reader_that_fails_leaves_a_checkpoint_of_the_last_step(photos, tmp_pa
     start(run, tmp_path / "straight")
     original = Classification.batches
 
-    def batches(self, start, stop, *args, **options):
-        for step, batch in enumerate(original(self, start, stop, *args, **options), start):
+    def batches(self, steps, shard):
+        for step, batch in enumerate(original(self, steps, shard), steps.start):
             if step == 12:
                 raise RuntimeError("a worker is gone")
             yield batch
@@ -465,7 +467,7 @@ def test_a_reader_that_fails_leaves_a_checkpoint_of_the_last_step(photos, tmp_pa
         with pytest.raises(RuntimeError, match="a worker is gone"):
             start(run, folder)
     assert (folder / "checkpoints" / "step-00000012").is_dir()
-    assert f"go on with: normfree train --resume {folder}" in capsys.readouterr().err
+    assert f"continue with: normfree train --resume {folder}" in capsys.readouterr().err
     resume(folder)
     same_run(tmp_path / "straight", folder)
 

@@ -14,11 +14,11 @@ from test_train import records, small_run
 from normfree import cli
 from normfree.config import load_config, save_config
 from normfree.engine import loop
-from normfree.engine.evaluate import Accuracy, ClassScore, score_table
 from normfree.errors import InputError
 from normfree.models import load
 from normfree.tasks import classification
-from normfree.tasks.classification import Classification, evaluate_weights, resume, start
+from normfree.tasks.accuracy import Accuracy, ClassScore, evaluate_weights, score_table
+from normfree.tasks.classification import Classification, resume, start
 
 
 def test_data_wait_is_the_share_of_the_time_without_evaluations(photos, tmp_path, monkeypatch):
@@ -70,20 +70,20 @@ def test_the_classes_are_those_of_the_averaged_weights(photos, tmp_path, monkeyp
     monkeypatch.setattr(classification, "evaluate_images", counts)
     outcome = start(small_run(photos, epochs=2), tmp_path / "run")
     expected = counts(load(tmp_path / "run" / "last.safetensors")).confusion.diagonal().tolist()
-    assert [row["images"] for row in outcome.report.values()] == expected
+    assert [row["images"] for row in outcome.details["classes"].values()] == expected
 
 
 def test_the_classes_are_logged_and_shown_at_the_end(photos, tmp_path, capsys):
     folder = tmp_path / "run"
     outcome = start(small_run(photos, epochs=2), folder)
     said = capsys.readouterr().err
-    (line,) = records(folder, "classes")
+    (line,) = records(folder, "details")
     (*_, last) = records(folder, "eval")
     accuracy, info = evaluate_weights(str(folder / "last.safetensors"), str(photos), device="cpu", workers=0)
     scores = accuracy.scores(info.class_names)
     assert [ClassScore(name, **row) for name, row in line["classes"].items()] == scores
     assert line["step"] == last["step"] == 18
-    assert outcome.report == line["classes"]
+    assert outcome.details["classes"] == line["classes"]
     assert said.splitlines()[-4:] == score_table(scores)
 
 
@@ -92,15 +92,15 @@ def test_a_complete_run_is_resumed_to_the_same_end(photos, tmp_path, capsys):
     first = start(small_run(photos, epochs=2), folder)
     said = capsys.readouterr().err
     again = resume(folder)
-    assert again.report == first.report
-    assert len(records(folder, "classes")) == 1
+    assert again.details == first.details
+    assert len(records(folder, "details")) == 1
     assert capsys.readouterr().err.splitlines()[-3:] == said.splitlines()[-3:]
 
     manifest = folder / "checkpoints" / "step-00000018" / "manifest.json"  # as runs of version 0.1 left it
     content = json.loads(manifest.read_text())
     del content["extra"]["report"]
     manifest.write_text(json.dumps(content))
-    assert resume(folder).report == {}
+    assert resume(folder).details == {}
 
 
 class FakeWandb(ModuleType):
@@ -181,7 +181,7 @@ def test_wandb_that_is_missing_is_asked_for_before_anything_is_done(photos, tmp_
     run, folder = small_run(photos, epochs=2), tmp_path / "run"
     asked = replace(run, machine=replace(run.machine, wandb="colours"))
     with monkeypatch.context() as patch:
-        patch.setattr(classification, "new_run_folder", lambda path: pytest.fail("the folder was made"))
+        patch.setattr("normfree.engine.run.new_run_folder", lambda path: pytest.fail("the folder was made"))
         with pytest.raises(InputError, match=r"--wandb.*pip install wandb$"):
             start(asked, folder)
     start(run, folder)  # not imported where it is not asked for

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normfree.config import load_config, save_config, validate
+from normfree.config import load_config, save_config
 from normfree.data import Batch, Mixing, sample_rng
 from normfree.data.mixing import cutmix, cutmix_box, mixup
+from normfree.engine.loop import Shard
 from normfree.errors import InputError
 from normfree.recipes.small import mnist5k
 from normfree.tasks.classification import build, smoothed_cross_entropy
@@ -149,37 +150,38 @@ def test_a_run_with_everything_on(photos: Path, tmp_path: Path) -> None:
     run = replace(run, data=replace(run.data, **options), optim=replace(run.optim, batch_size=8))
     save_config(run, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == run
-    with pytest.raises(InputError, match=r"--mix-pairs batch: .* --batch-size is at least 2"):
-        validate(replace(run, optim=replace(run.optim, batch_size=1)))
-    task = build(run)[0]
-    batch = next(task.batches(0, 1))
+    with pytest.raises(InputError, match=r"--mix-pairs batch .* --batch-size is at least 2"):
+        replace(run, optim=replace(run.optim, batch_size=1)).check()
+    task = build(run).task
+    batch = next(task.batches(range(1), Shard()))
     assert batch.mix_targets is not None
     assert torch.equal(batch.mix_targets, batch.targets.roll(-1))
     assert batch.images.dtype == torch.uint8
     assert batch.mix_targets is not None
     assert batch.ratios is not None
     assert batch.ratios.shape == batch.mix_targets.shape == batch.targets.shape == (8,)
-    loss = task.loss(batch)
+    loss = task.loss(task.model, batch)["loss"]
     loss.backward()
     assert 0.5 < loss.item() < 5
-    part = task.part(batch, 2, 5)
+    parts = task.split(batch, 3)
+    assert [weight for _, weight in parts] == [3 / 8, 3 / 8, 2 / 8]
     for field in ("images", "targets", "indices", "mix_targets", "ratios"):
-        assert torch.equal(getattr(part, field), getattr(batch, field)[2:5])
-    assert math.isfinite(task.loss(part).item())
+        assert torch.equal(torch.cat([getattr(part, field) for part, _ in parts]), getattr(batch, field))
+    assert all(math.isfinite(task.loss(task.model, part)["loss"].item()) for part, _ in parts)
 
 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ({"mixup": -0.2}, "--mixup -0.2: at least 0; 0 is without, the paper's is 0.2"),
-        ({"cutmix": -1.0}, "--cutmix -1.0: at least 0; 0 is without, the paper's is 1"),
-        ({"mix_pairs": "batch"}, "--mix-pairs batch: void without --mixup or --cutmix"),
-        ({"randaugment_layers": -1}, "--randaugment-layers -1: at least 0; 0 is without"),
+        ({"mixup": -0.2}, "--mixup -0.2: at least 0; 0 switches it off, the paper's is 0.2"),
+        ({"cutmix": -1.0}, "--cutmix -1.0: at least 0; 0 switches it off, the paper's is 1"),
+        ({"mix_pairs": "batch"}, "--mix-pairs batch has no effect without --mixup or --cutmix"),
+        ({"randaugment_layers": -1}, "--randaugment-layers -1: at least 0; 0 switches it off"),
         ({"randaugment_magnitude": 40.0}, "--randaugment-magnitude 40.0: 0 to 30"),
     ],
 )
 def test_wrong_options_in_one_line(wrong: dict, line: str) -> None:
     run = mnist5k("DATA")
     with pytest.raises(InputError) as caught:
-        validate(replace(run, data=replace(run.data, **wrong)))
+        replace(run, data=replace(run.data, **wrong)).check()
     assert str(caught.value) == line

@@ -112,11 +112,11 @@ class Mean:
 
     model: nn.Module
 
-    def part(self, batch: Tensor, start: int, stop: int) -> Tensor:
-        return batch[start:stop]
+    def split(self, batch: Tensor, size: int) -> list[tuple[Tensor, float]]:
+        return [(part, len(part) / len(batch)) for part in batch.split(size)]
 
-    def loss(self, batch: Tensor) -> Tensor:
-        return self.model(normalize(batch, *MOMENTS)).mean()
+    def loss(self, forward: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": forward(normalize(batch, *MOMENTS)).mean()}
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
@@ -124,7 +124,7 @@ def test_the_loss_of_the_loop_is_added_up_on_the_device(model, micro_batch, monk
     monkeypatch.setattr(Tensor, "backward", lambda self: None)  # which needs a real device
     pixels = torch.empty(4, 3, 64, 64, dtype=torch.uint8, device="cuda")
     with torch.device("cpu"), Watch() as watch:
-        loss = _add_gradients(Mean(model), pixels, 4, micro_batch)  # type: ignore
+        loss = _add_gradients(Mean(model), pixels, 4, micro_batch)["loss"]  # type: ignore
     assert not watch.waits
     assert loss.device.type == "cuda"
 

@@ -8,9 +8,9 @@ import torch
 from conftest import COLOURS, draw
 from test_models import LADDER, counts, on_meta
 
-from normfree.config import validate
 from normfree.data import open_dataset
 from normfree.data.pack import pack
+from normfree.engine.loop import Shard
 from normfree.models import find_variant
 from normfree.recipes import RECIPES, imagenet
 from normfree.tasks.classification import build, start
@@ -76,7 +76,7 @@ def test_batch_sizes_scale_the_rate():
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_is_valid_and_names_a_network(name):
     run = RECIPES[name]("imagenet")
-    validate(run)
+    run.check()
     on_meta(run.model.model, **run.model.overrides())
 
 
@@ -157,17 +157,16 @@ def two_losses(run):
         machine=replace(run.machine, workers=0, device="cpu"),
         precision="float32",
     )
-    task, optimizer, ema, plan = build(run)
+    job = build(run)
+    task, update = job.task, job.update
     task.model.train()
     losses = []
-    for step, batch in enumerate(task.batches(0, 2)):
+    for step, batch in enumerate(task.batches(range(2), Shard())):
         torch.manual_seed(step)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr_at(step)
-        optimizer.zero_grad()
-        loss = task.loss(batch)
+        update.optimizer.zero_grad()
+        loss = task.loss(task.model, batch)["loss"]
         loss.backward()
-        optimizer.step(ema=ema, ema_step=step)
-        assert optimizer.stats.max_ratio.isfinite()
+        update.step(step, job.plan.lr_at(step), hold=torch.tensor(False))
+        assert update.optimizer.stats.max_ratio.isfinite()
         losses.append(loss.item())
     return losses

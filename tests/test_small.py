@@ -12,22 +12,23 @@ from PIL import Image
 
 from normfree.cli import main
 from normfree.config import (
+    ClassificationRun,
     DataConfig,
     MachineConfig,
     ModelConfig,
     OptimConfig,
-    RunConfig,
     options_of,
     spell,
-    validate,
     with_options,
 )
-from normfree.engine.evaluate import Accuracy
+from normfree.engine.loop import Shard
 from normfree.errors import InputError
 from normfree.models import find_variant, list_models
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Asked, Images, Machine, choose
-from normfree.tasks.classification import build, choose_recipe, image_mib, images_per_second, network
+from normfree.tasks.accuracy import Accuracy
+from normfree.tasks.choice import choose_recipe, image_mib, images_per_second, network
+from normfree.tasks.classification import build
 
 CPU = Machine("cpu", 16)
 COLOURS = ("blue", "green", "red")
@@ -52,7 +53,7 @@ def asked(name: str) -> Asked:
 @pytest.mark.parametrize("grey", [True, False])
 def test_every_choice_can_be_run(device, num_train, short_px, grey):
     run, reasons = choose({"path": "data"}, Images(num_train, COLOURS, short_px, grey), Machine(device, 16))
-    validate(run)
+    run.check()
     assert run.data.path == "data"
     assert run.optim.batch_size <= num_train
     assert run.data.train_px <= run.data.eval_px
@@ -128,7 +129,7 @@ def test_what_is_given_is_kept_and_what_follows_from_it_is_said(images, device, 
     usual = options_of(choose({}, images, machine, None, base)[0])
     for given in GIVEN:
         run, reasons = choose(given, images, machine, asked(given["model"]) if "model" in given else None, base)
-        validate(run)
+        run.check()
         options = options_of(run)
         assert {name: options[name] for name in given} == given
         assert not given.keys() & {name for reason in reasons for name in reason.options}
@@ -161,7 +162,7 @@ def test_every_network_can_be_asked_for(name):
     own = find_variant(name)
     for images in (PHOTOS, replace(PHOTOS, short_px=1000), replace(PHOTOS, short_px=28)):
         run, _ = choose({"model": name}, images, CPU, asked(name))
-        validate(run)
+        run.check()
         assert run.model.model == name
         assert run.data.train_px <= run.data.eval_px
         if images.short_px == 1000 and name != "nfnet_micro":
@@ -254,7 +255,7 @@ def test_a_slow_machine_takes_fewer_epochs_and_says_so():
         assert shorter.optim.warmup_epochs == min(1, shorter.optim.epochs / 10)
         assert replace(shorter, optim=run.optim) == run
         assert any(f"{shorter.optim.epochs} epochs: what {minutes} minutes allow" in reason.text for reason in why)
-        validate(choose({}, images, cpu(1))[0])
+        choose({}, images, cpu(1))[0].check()
     _, why = choose({"model": "nfnet_f0"}, PHOTOS, cpu(1), asked("nfnet_f0"))
     assert any("3 epochs, the fewest, take about 3.5 hours at 1 images/s" in reason.text for reason in why)
 
@@ -330,7 +331,7 @@ def test_the_network_that_is_given_is_measured(uneven, monkeypatch):
         seen.append((model.info.architecture, run.data.train_px, run.optim.batch_size))
         return 0.01
 
-    monkeypatch.setattr("normfree.tasks.classification.images_per_second", speed)
+    monkeypatch.setattr("normfree.tasks.choice.images_per_second", speed)
     given = {"path": str(uneven), "model": "nf_resnet26", "train_px": 64, "device": "cpu"}
     run, reasons = choose_recipe(None, given)
     assert seen == [("nf_resnet26", 64, 3)]
@@ -367,23 +368,23 @@ def uneven(tmp_path):
 
 
 def test_training_adds_the_logarithm_of_each_class_share(uneven):
-    run = RunConfig(
+    run = ClassificationRun(
         ModelConfig(width=(16, 16, 16, 16), depth=(1, 1, 1, 1), group_width=8, stochastic_depth=0.0, drop_rate=0.0),
         DataConfig(str(uneven)),
         OptimConfig(batch_size=4, balance=0.5, label_smoothing=0.0),
         MachineConfig(device="cpu", workers=0),
     )
-    task, _, _, plan = build(run)
-    assert plan.metric == "balanced"
-    batch = next(task.batches(0, 1))
+    task = build(run).task
+    assert task.metric == "balanced"
+    batch = next(task.batches(range(1), Shard()))
     shares = torch.tensor(task.train_set.targets).bincount() / len(task.train_set)
     task.log_priors, priors = None, task.log_priors
     assert torch.equal(priors, 0.5 * shares.log())
     seen = []
     task.model.register_forward_hook(lambda module, args, out: seen.append(out))
-    without = task.loss(batch)
+    without = task.loss(task.model, batch)["loss"]
     task.log_priors = priors
-    loss = task.loss(batch)
+    loss = task.loss(task.model, batch)["loss"]
     assert loss != without
     assert torch.allclose(loss, F.cross_entropy(seen[-1] + priors, batch.targets))
 

@@ -13,25 +13,25 @@ import pytest
 import torch
 
 from normfree.config import (
+    ClassificationRun,
     DataConfig,
     MachineConfig,
     ModelConfig,
     OptimConfig,
-    RunConfig,
     load_config,
     save_config,
-    validate,
 )
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.loop import Diverged, eval_steps
 from normfree.errors import InputError
 from normfree.models import create_model, load, save
-from normfree.tasks.classification import evaluate_weights, resume, start
+from normfree.tasks.accuracy import evaluate_weights
+from normfree.tasks.classification import resume, start
 
 
-def small_run(photos: Path, epochs: float = 4, **machine) -> RunConfig:
+def small_run(photos: Path, epochs: float = 4, **machine) -> ClassificationRun:
     """16 px, 8 images a step, 9 steps an epoch; dropout, stochastic depth and crops all on."""
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig("nfnet_nano", width=(16, 32, 32, 32), group_width=8, drop_rate=0.2),
         DataConfig(str(photos), train_px=16, eval_px=16, min_area=0.5),
         OptimConfig(epochs=epochs, batch_size=8, lr=0.1, clipping=0.1),
@@ -56,9 +56,9 @@ def numbers(folder: Path, kind: str) -> list[dict]:
 def same_run(a: Path, b: Path) -> None:
     for name in ("last.safetensors", "best.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    for kind in ("train", "eval", "classes"):
+    for kind in ("train", "eval", "details"):
         assert numbers(a, kind) == numbers(b, kind)
-    assert len(numbers(b, "classes")) == 1
+    assert len(numbers(b, "details")) == 1
 
 
 def test_a_run_learns_and_leaves_what_it_promises(photos, tmp_path):
@@ -139,7 +139,7 @@ def test_interrupted_anywhere_and_resumed_with_other_workers(photos, tmp_path, n
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number, said
-        assert f"go on with: normfree train --resume {broken}" in said
+        assert f"continue with: normfree train --resume {broken}" in said
     resume(broken, replace(run, machine=replace(run.machine, workers=2)))
     same_run(straight, broken)
 
@@ -280,11 +280,11 @@ def test_eval_steps_fall_on_ends_of_epochs():
 
 
 def test_config_round_trip_and_validation(tmp_path):
-    run = replace(RunConfig(), model=ModelConfig(width=(1, 2, 3, 4), second_conv=False))
+    run = replace(ClassificationRun(), model=ModelConfig(width=(1, 2, 3, 4), second_conv=False))
     path = tmp_path / "config.json"
     save_config(run, path)
     assert load_config(path) == run
-    validate(run)
+    run.check()
     data = json.loads(path.read_text())
     data["optim"]["learning_rate"] = 1
     path.write_text(json.dumps(data))
@@ -294,6 +294,6 @@ def test_config_round_trip_and_validation(tmp_path):
     with pytest.raises(InputError, match="is no configuration"):
         load_config(path)
     with pytest.raises(InputError, match="--momentum 1"):
-        validate(replace(run, optim=replace(run.optim, momentum=1.0)))
-    with pytest.raises(InputError, match=r"--min-area 0\.5: void with --crop-style shift"):
-        validate(replace(run, data=replace(run.data, crop_style="shift", min_area=0.5)))
+        replace(run, optim=replace(run.optim, momentum=1.0)).check()
+    with pytest.raises(InputError, match=r"--min-area 0\.5 has no effect with --crop-style shift"):
+        replace(run, data=replace(run.data, crop_style="shift", min_area=0.5)).check()

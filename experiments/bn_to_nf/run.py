@@ -34,8 +34,8 @@ from normfree.data import (
     open_dataset,
     train_batches,
 )
-from normfree.engine.evaluate import prepare
 from normfree.optim import SGD_AGC, param_groups, warmup_cosine
+from normfree.tasks.accuracy import prepare
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 LR = 0.01  # peak, at both batch sizes the best of those tried for resnet18 with batch normalization

@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from normfree.config import RunConfig, load_config, options_of, with_options
+from normfree.config import ClassificationRun, load_config, options_of, with_options
 from normfree.engine.loop import train
-from normfree.tasks.classification import build, choose_recipe
+from normfree.tasks.choice import choose_recipe
+from normfree.tasks.classification import build
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def configure(args: argparse.Namespace) -> RunConfig:
+def configure(args: argparse.Namespace) -> ClassificationRun:
     run, _ = choose_recipe(None, {"path": args.data})
     for option in args.set:
         name, _, value = option.partition("=")
@@ -44,7 +45,7 @@ def configure(args: argparse.Namespace) -> RunConfig:
     return replace(run, seed=args.seed)
 
 
-def carry_out(run: RunConfig, max_norm: float | None) -> dict[str, Any]:
+def carry_out(run: ClassificationRun, max_norm: float | None) -> dict[str, Any]:
     task, optimizer, ema, plan = build(run)
     if max_norm:
         params = list(task.model.parameters())

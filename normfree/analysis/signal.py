@@ -24,10 +24,10 @@ from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.data import FolderImages, find_images, open_dataset
 from normfree.data.transforms import normalize, sample_rng
 from normfree.engine.device import pick_device
-from normfree.engine.evaluate import batches_for
 from normfree.errors import InputError, check_range, nearest
 from normfree.files import check_writable
 from normfree.models import Network, create_model, list_models, load
+from normfree.tasks.accuracy import batches_for
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 
 PLOT_SUFFIXES = (".pdf", ".png", ".svg")

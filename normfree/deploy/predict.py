@@ -21,12 +21,12 @@ from normfree.config import MAX_WORKERS
 from normfree.data import FolderImages, find_images
 from normfree.data.remote import short_hash
 from normfree.engine.device import pick_device
-from normfree.engine.evaluate import batches_for, prepare
 from normfree.engine.log import progress
 from normfree.engine.loop import Interrupted, Signals
 from normfree.errors import InputError, check_range
 from normfree.files import check_writable, replacing, sha256, utf8
 from normfree.models import load
+from normfree.tasks.accuracy import batches_for, prepare
 
 BATCH = 32
 

@@ -1,10 +1,13 @@
-"""Devices and their memory."""
+"""Devices, their memory, and the precision on them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,20 @@ def pick_device(name: str | None = None) -> torch.device:
     if index and int(index) >= torch.cuda.device_count():
         raise InputError(f"no device {name!r} here; there are {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in `precision`, "float32" or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def processor() -> str:
+    """The name of this machine's processor, with the family and model numbers that tell generations apart."""
+    with contextlib.suppress(OSError, KeyError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+        about = {key.strip(): value.strip() for key, _, value in lines}
+        return f"{about['model name']}, family {about['cpu family']} model {about['model']}"
+    return platform.processor() or platform.machine()
 
 
 def memory_gib(device: torch.device) -> float:

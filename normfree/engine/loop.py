@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,53 +18,84 @@ import torch
 from torch import Tensor, nn
 
 from normfree._compat import stored_values
-from normfree.config import MachineConfig
 from normfree.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from normfree.engine.log import ProgressBar, RunLog, environment
-from normfree.errors import InputError, quoted
+from normfree.engine.update import Update
+from normfree.errors import InputError
 from normfree.layers import reuse_weights
-from normfree.optim import EMA, SAM, SGD_AGC, AGCStats, ascent_size
+from normfree.optim import EMA, SAM, ascent_size
 from normfree.optim.agc import local
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient is not finite. The message names step and layer."""
+    """A loss, gradient or weight is not finite: `what`, in step `step`, counted from 1, at learning rate `lr`."""
+
+    def __init__(self, what: str, step: int, lr: float):
+        super().__init__(f"step {step}: {what} is not finite at learning rate {lr:.3g}")
+        self.what, self.step, self.lr = what, step, lr
 
 
 class Interrupted(RuntimeError):
-    """SIGINT or SIGTERM came; a checkpoint has been written. `exit_code` is 128 + the signal's number."""
+    """SIGINT or SIGTERM came; what was done is kept. `exit_code`: 128 + the signal."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of every batch that this process takes: the one at `rank` of `size` parts."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`figures`: numbers by name, one of which is the task's `metric`; `details`: anything else, as JSON."""
+
+    figures: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 class Task(Protocol):
-    """What the loop needs to know of a task."""
+    """What the loop needs to know of a task.
+
+    Attributes:
+        model: the bare network, for names, the average and saving.
+        metric: the figure of `evaluate` that decides which weights are best; larger is better.
+    """
 
     @property
     def model(self) -> nn.Module: ...
+    @property
+    def metric(self) -> str: ...
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Any]: ...
+    def batches(self, steps: range, shard: Shard) -> Iterator[Any]:
+        """This rank's part of the batches of `steps`; the whole batch is the same for any number of ranks.
 
-    def loss(self, batch: Any) -> Tensor:
-        """Mean loss of the images of a batch; scalar, float32."""
+        A batch may have `unreadable`: lines about samples that could not be read, for the log.
+        """
         ...
 
-    def part(self, batch: Any, start: int, stop: int) -> Any:
-        """Images `start` to `stop`, exclusive, of a batch, as a batch."""
+    def split(self, batch: Any, size: int) -> list[tuple[Any, float]]:
+        """Micro-batches of `size` samples, the last one may be smaller, with their weights, which sum to 1."""
         ...
 
-    def notices(self, batch: Any) -> list[str]:
-        """Lines about this batch for the log, such as images that could not be read."""
+    def loss(self, forward: Callable[..., Any], batch: Any) -> dict[str, Tensor]:
+        """ "loss", the mean over the samples as a float32 scalar, and its parts by name.
+
+        `forward`: the model, possibly wrapped or compiled.
+        """
         ...
 
-    def evaluate(self, show: Callable[[int, int], None]) -> dict[str, float]:
-        """Figures of the model as it is; "top1" or another `metric` decides which weights are best."""
+    def evaluate(self, forward: Callable[..., Any], shard: Shard, show: Callable[[int, int], None]) -> Evaluation:
+        """The model as it is, exact for any number of ranks; `show(done, total)` takes the progress."""
         ...
 
-    def report(self) -> dict[str, Any]:
-        """The last evaluation in detail, class by class, as JSON; asked for once, at the end of the run."""
+    def group_of(self, name: str) -> str:
+        """The row of a parameter in the log of AGC."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,48 +105,57 @@ class Task(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def save(self, path: Path) -> None:
-        """The weight file of the model as it is."""
+        """Writes the weight file of the model as it is."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast. Steps count from 0; `lr_at(step)` is the rate of that step's update."""
+    """How long and how fast, and what happens how often. Steps count from 0.
+
+    Attributes:
+        eval_steps: numbers of steps after which the model is evaluated.
+        batch_size: samples in a step, over all ranks.
+        lr_at: learning rate of a step's update.
+        micro_batch: samples that go through the network at once; None: the whole batch.
+        sam_rho: radius of sharpness-aware minimization; 0: without.
+        log_every: steps between lines of the log.
+        check_every: steps between looks at the device for what is not finite; None: 1 on a CPU, else `log_every`.
+        checkpoint_seconds: between checkpoints; one is also written at every evaluation and after a signal.
+        keep_checkpoints: how many of the newest stay on disk.
+        wandb: project of Weights & Biases for the figures; None: without.
+        unit: what samples are called in the log.
+    """
 
     total_steps: int
-    eval_steps: frozenset[int]  # after this many steps
+    eval_steps: frozenset[int]
     batch_size: int
     steps_per_epoch: float
     lr_at: Callable[[int], float]
-    metric: str = "top1"
-    micro_batch: int | None = None  # images that go through the network at once; None: the whole batch
-    sam_rho: float = 0.0  # 0: no sharpness-aware minimization
+    micro_batch: int | None = None
+    sam_rho: float = 0.0
     sam_fraction: float = 0.2
-    check_every: int | None = None  # steps between looks at the device for what is not finite; None: 1 on a CPU
+    log_every: int = 10
+    check_every: int | None = None
+    checkpoint_seconds: float = 300.0
+    keep_checkpoints: int = 2
+    wandb: str | None = None
+    unit: str = "images"
 
 
 @dataclass
 class Outcome:
-    """The end of the run in `folder`: figures of the last evaluation, its report, and the best one with its epoch."""
+    """The end of the run in `folder`: figures and details of the last evaluation, the best metric and its epoch."""
 
     last: dict[str, float]
     best: float
     best_epoch: float
     seconds: float
-    report: dict[str, Any]
+    details: dict[str, Any]
     folder: Path
 
 
-def train(
-    task: Task,
-    optimizer: SGD_AGC,
-    ema: EMA,
-    plan: Plan,
-    machine: MachineConfig,
-    folder: Path,
-    seed: int,
-    resume: bool = False,
-) -> Outcome:
+def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resume: bool = False) -> Outcome:
     """Trains `task` to the end of `plan` and leaves best.safetensors, last.safetensors and checkpoints in `folder`.
 
     Randomness inside a step follows from (seed, step) alone, so that a resumed run takes the same steps.
@@ -124,21 +164,20 @@ def train(
         Diverged: loss or gradients are not finite. That step is not made; the newest checkpoint is from before.
         Interrupted: after a signal, with a checkpoint of the step it came in.
     """
-    model = task.model
+    model, ema, shard = task.model, update.ema, Shard()
     device = next(model.parameters()).device
     checkpoints = folder / "checkpoints"
 
     # --- where it starts ---
-    tensors = _state(model, optimizer, ema)
     extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}, "task": {}}
-    start = 0
+    start, damaged = 0, []
     if resume:
-        start, extra = _restore(checkpoints, tensors, extra)
+        start, extra, damaged = _restore(checkpoints, update.tensors(), extra)
         if extra["task"]:
             task.load_state_dict(extra["task"])
-    log = RunLog(folder, start, machine.wandb)
+    log = RunLog(folder, start, plan.wandb)
     bar = ProgressBar("train", plan.total_steps, start)
-    for line in extra.pop("damaged", []):
+    for line in damaged:
         bar.say(f"warning: {line}")
     here = environment(device)
     if resume:
@@ -154,42 +193,36 @@ def train(
         bar.update(step, "writing a checkpoint")
         extra["seconds"] = seconds_before + time.monotonic() - began
         extra["task"] = task.state_dict()
-        save_checkpoint(checkpoints, step, _state(model, optimizer, ema), extra, machine.keep_checkpoints)
+        save_checkpoint(checkpoints, step, update.tensors(), extra, plan.keep_checkpoints)
         last_checkpoint = time.monotonic()
         bar.update(step, "")
 
     def check_finite() -> None:
         """Diverged if a step has been held back; waits for the device."""
         if (bad := int(watch.first)) >= 0:
-            batch = next(task.batches(bad, bad + 1))
-            raise _diverged(_blame(task, sam, plan, batch, seed, bad), bad, plan.lr_at(bad))
-
-    def where_to_go_on(step: int) -> str:
-        return f"after step {step} of {plan.total_steps}; go on with: normfree train --resume {quoted(folder)}"
+            batch = next(task.batches(range(bad, bad + 1), shard))
+            raise Diverged(_blame(task, sam, plan, batch, seed, bad), bad + 1, plan.lr_at(bad))
 
     # --- the steps ---
     wait = _Wait()
-    sam = SAM(optimizer, plan.sam_rho)
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    check_every = plan.check_every or (1 if device.type == "cpu" else machine.log_every)
+    sam = SAM(update.optimizer, plan.sam_rho)
+    check_every = plan.check_every or (1 if device.type == "cpu" else plan.log_every)
     watch = _Watch(device)
     model.train()
     with Signals() as signals:
         try:
-            for step, batch in enumerate(wait.over(task.batches(start, plan.total_steps)), start):
+            for step, batch in enumerate(wait.over(task.batches(range(start, plan.total_steps), shard)), start):
                 lr = plan.lr_at(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                log_now = (step + 1) % machine.log_every == 0 or step + 1 in plan.eval_steps
+                log_now = (step + 1) % plan.log_every == 0 or step + 1 in plan.eval_steps
                 check = log_now or (step + 1) % check_every == 0  # waits for the device; nothing is saved unchecked
-                loss = _gradients(task, sam, plan, batch, seed, step)
-                held = watch.see(step, loss, names)
+                losses = _gradients(task, sam, plan, batch, seed, step)
+                held = watch.see(step, losses["loss"], update.names)
                 if check:
                     check_finite()
-                optimizer.step(ema=ema, ema_step=step, hold=held)
+                update.step(step, lr, held)
                 done = step + 1
 
-                for line in task.notices(batch):
+                for line in getattr(batch, "unreadable", ()):
                     log.write("unreadable", done, name=line)
                     bar.say(f"warning: {line}")
                 if log_now:
@@ -201,36 +234,34 @@ def train(
                         "train",
                         done,
                         epoch=round(done / plan.steps_per_epoch, 4),
-                        loss=loss.item(),
+                        **{name: value.item() for name, value in losses.items()},
                         lr=lr,
-                        images_per_s=round(speed, 2),
+                        **{f"{plan.unit}_per_s": round(speed, 2)},
                         data_wait=round(wait.restart() / elapsed, 4),
                         memory_mib=peak_memory_mib(device),
-                        clipped_fraction=optimizer.stats.clipped_fraction,
-                        max_grad_ratio=optimizer.stats.max_ratio.item(),
-                        **_by_stage(optimizer.stats, names),
+                        **update.figures(task.group_of),
                     )
-                    bar.update(done, f"loss {loss.item():.3f}  {speed:.0f} images/s")
+                    bar.update(done, f"loss {losses['loss'].item():.3f}  {speed:.0f} {plan.unit}/s")
                 else:
                     bar.update(done)
 
-                due = check and time.monotonic() - last_checkpoint > machine.checkpoint_minutes * 60
+                due = check and time.monotonic() - last_checkpoint > plan.checkpoint_seconds
                 if done in plan.eval_steps or due or (check and signals.received):
-                    _check_weights(_state(model, optimizer, ema), step, lr)
+                    _check_weights(update.tensors(), done, lr)
                 if done in plan.eval_steps:
                     before = time.monotonic()
                     _evaluate(task, ema, plan, done, extra, folder, log, bar)
                     checkpoint(done)
-                    last_log += time.monotonic() - before  # images/s is of training alone
+                    last_log += time.monotonic() - before  # the speed is of training alone
                 elif due or (check and signals.received):
                     checkpoint(done)
                 if check and signals.received and done < plan.total_steps:
-                    raise Interrupted(f"stopped {where_to_go_on(done)}", 128 + signals.received)
+                    raise Interrupted(f"stopped after step {done} of {plan.total_steps}", 128 + signals.received)
         except Exception:
             if wait.reading and done > start:  # the steps are whole: what failed is reading the next batch
                 check_finite()
                 checkpoint(done)
-                bar.say(f"checkpoint {where_to_go_on(done)}")
+                bar.say(f"checkpoint after step {done} of {plan.total_steps}")
             raise
         finally:
             bar.close()
@@ -243,34 +274,36 @@ def train(
     return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"], folder)
 
 
-def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Tensor:
-    """Mean loss of the batch of a step, whose gradient is left in the parameters; the same however often it is called.
+Losses = dict[str, Tensor]
 
-    With sharpness-aware minimization, not finite if the ascent's loss was not.
+
+def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Losses:
+    """Mean losses of the batch of a step. Leaves their gradient in the parameters. Calling it again changes nothing.
+
+    With sharpness-aware minimization, the loss is not finite if the ascent's was not.
     """
     torch.manual_seed(seed * 1_000_003 + step)
     sam.optimizer.zero_grad(set_to_none=True)
     if not sam.rho:
         return _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
-    ascent = _add_gradients(task, batch, ascent_size(plan.batch_size, plan.sam_fraction), plan.micro_batch)
+    size = ascent_size(plan.batch_size, plan.sam_fraction)
+    ascent = _add_gradients(task, task.split(batch, size)[0][0], size, plan.micro_batch)["loss"]
     sam.ascend()
-    loss = _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
+    losses = _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
     sam.restore()
-    return torch.where(ascent.isfinite(), loss, ascent)
+    return losses | {"loss": torch.where(ascent.isfinite(), losses["loss"], ascent)}
 
 
-def _add_gradients(task: Task, batch: Any, num_images: int, micro_batch: int | None) -> Tensor:
-    """Mean loss of the first `num_images` of a batch, of which the gradients are added to what is there."""
-    size = min(micro_batch or num_images, num_images)
-    device = next(task.model.parameters()).device
-    total = torch.zeros((), device=device)
-    together = size < num_images or device.type == "cuda"  # where few large operations beat many
-    with reuse_weights(task.model) if together else contextlib.nullcontext():
-        for start in range(0, num_images, size):
-            stop = min(start + size, num_images)
-            loss = task.loss(task.part(batch, start, stop)) * ((stop - start) / num_images)
-            loss.backward()
-            total = total + loss.detach()
+def _add_gradients(task: Task, batch: Any, num_samples: int, micro_batch: int | None) -> Losses:
+    """Mean losses of a batch, whose gradients are added to those that are there."""
+    size = min(micro_batch or num_samples, num_samples)
+    on_gpu = next(task.model.parameters()).device.type == "cuda"  # where few large operations beat many
+    total: Losses = {}
+    with reuse_weights(task.model) if size < num_samples or on_gpu else contextlib.nullcontext():
+        for part, weight in task.split(batch, size):
+            losses = {name: loss * weight for name, loss in task.loss(task.model, part).items()}
+            losses["loss"].backward()
+            total = {name: loss.detach() + total.get(name, 0) for name, loss in losses.items()}
     return total
 
 
@@ -286,18 +319,6 @@ class _Watch:
         bad = ~(loss.isfinite() & _all_finite([stored_values(grad) for grad in grads]))
         self.first = torch.where(bad & (self.first < 0), torch.full_like(self.first, step), self.first)
         return self.first >= 0
-
-
-def _by_stage(stats: AGCStats, names: Mapping[Tensor, str]) -> dict[str, float]:
-    """Share of the units that AGC clipped, in "agc_stem", "agc_stages.0", ..., "agc_head"; waits for the device."""
-    units: dict[str, int] = {}
-    clipped: dict[str, float] = {}
-    for p, size, count in zip(stats.params, stats.units, stats.clipped.tolist(), strict=True):
-        parts = names[p].split(".")
-        stage = "agc_" + ".".join(parts[: 2 if parts[0] == "stages" else 1])
-        units[stage] = units.get(stage, 0) + size
-        clipped[stage] = clipped.get(stage, 0.0) + count
-    return {stage: clipped[stage] / size for stage, size in sorted(units.items())}
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -324,46 +345,38 @@ def _evaluate(
         bar.update(done, f"evaluating {seen}/{total}")
 
     epoch = round(done / plan.steps_per_epoch, 4)
-    raw = task.evaluate(show)
+    raw = task.evaluate(task.model, Shard(), show).figures
     with ema.applied():
-        averaged = task.evaluate(show)
-        if averaged[plan.metric] > extra["best"]:
-            extra["best"], extra["best_epoch"] = averaged[plan.metric], epoch
+        evaluation = task.evaluate(task.model, Shard(), show)
+        averaged = evaluation.figures
+        if averaged[task.metric] > extra["best"]:
+            extra["best"], extra["best_epoch"] = averaged[task.metric], epoch
             task.save(folder / "best.safetensors")
     extra["last"] = averaged
     log.write("eval", done, epoch=epoch, **averaged, **{f"raw_{name}": value for name, value in raw.items()})
     if done == plan.total_steps:
-        extra["report"] = task.report()
-        log.write("classes", done, classes=extra["report"])
+        extra["report"] = evaluation.details
+        log.write("details", done, **evaluation.details)
     figures = "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:#.4g}" for k, v in averaged.items())
     bar.update(done, "")
-    bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {plan.metric} {raw[plan.metric]:#.4g})")
+    bar.say(f"epoch {epoch:.3g}: {figures} (without averaging: {task.metric} {raw[task.metric]:#.4g})")
 
 
-def _state(model: nn.Module, optimizer: SGD_AGC, ema: EMA) -> dict[str, Tensor]:
-    """Every tensor that the next step depends on, by name. Momenta are made if the first step has not made them."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            tensors[f"momentum.{names[p]}"] = state["momentum_buffer"]
-    return tensors
+def _restore(
+    checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, Any]
+) -> tuple[int, dict[str, Any], list[str]]:
+    """Step and state of the newest whole checkpoint, or of the beginning, and what is damaged.
 
-
-def _restore(checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Step and state of the newest whole checkpoint, or of the beginning; the tensors are filled in place."""
+    The tensors are filled in place.
+    """
     path, damaged = newest_whole(checkpoints)
     if path is None:
-        return 0, extra | {"damaged": damaged}
+        return 0, extra, damaged
     try:
         manifest = load_checkpoint(path, tensors)
     except DamagedCheckpoint as reason:
         raise InputError(f"checkpoint {path} cannot be used: {reason}") from None
-    return manifest["step"], extra | manifest["extra"] | {"damaged": damaged}
+    return manifest["step"], extra | manifest["extra"], damaged
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
@@ -380,7 +393,7 @@ def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
     floats = {name: local(value) for name, value in tensors.items() if value.is_floating_point()}
     if not _all_finite(list(floats.values())):
         bad = next(name for name, value in floats.items() if not value.isfinite().all())
-        raise _diverged(bad.replace(".", " ", 1), step, lr)
+        raise Diverged(bad.replace(".", " ", 1), step, lr)
 
 
 def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
@@ -396,7 +409,7 @@ def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -
 
     handles = [module.register_forward_hook(watch(name)) for name, module in task.model.named_modules()]
     try:
-        loss = _gradients(task, sam, plan, batch, seed, step)
+        loss = _gradients(task, sam, plan, batch, seed, step)["loss"]
     finally:
         for handle in handles:
             handle.remove()
@@ -405,14 +418,6 @@ def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -
     if not found and loss.isfinite() and bad:
         return bad[-1]  # the first one, going backwards
     return found[0] if found else "the loss"
-
-
-def _diverged(what: str, step: int, lr: float) -> Diverged:
-    """`step` counts from 0, the message from 1, as the log does."""
-    return Diverged(
-        f"step {step + 1}: {what} is not finite at learning rate {lr:.3g}. Lower --lr, lengthen --warmup-epochs or "
-        "lower --clipping; the last checkpoint is from before"
-    )
 
 
 class _Wait:

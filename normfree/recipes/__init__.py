@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from normfree.config import RunConfig
+from normfree.config import ClassificationRun
 from normfree.recipes import imagenet, small
 
-RECIPES: dict[str, Callable[[str], RunConfig]] = {
+RECIPES: dict[str, Callable[[str], ClassificationRun]] = {
     "mnist5k": small.mnist5k,
     **imagenet.RECIPES,
 }

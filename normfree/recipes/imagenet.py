@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig
 
 MAGNITUDES = (5, 10, 10, 15, 15, 15, 15, 15)  # of RandAugment, F0 to F7; the released code's, as F7 is not in the paper
 
@@ -32,7 +32,7 @@ DEPTHS = (50, 101, 152, 200)
 CLIPPING = {256: 0.16, 512: 0.08, 1024: 0.04, 2048: 0.02, 4096: 0.01}
 
 
-def nfnet(size: int, path: str) -> RunConfig:
+def nfnet(size: int, path: str) -> ClassificationRun:
     """NFNet-F`size`, 0 to 7.
 
     Source: paper, Table 1, appendix A.1 to A.3; released code, experiment_nfnets.py. Half of the images are MixUp's,
@@ -44,7 +44,7 @@ def nfnet(size: int, path: str) -> RunConfig:
     Expected: 83.6, 84.7, 85.1, 85.7, 85.9, 86.0 % (F0 to F5), published.
     Reproduced: no.
     """
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig(f"nfnet_f{size}"),
         replace(_augmented(path, MAGNITUDES[size], ALL), eval_crop="resize_crop"),
         OptimConfig(epochs=360, batch_size=4096, lr=1.6, warmup_epochs=5.0),
@@ -52,7 +52,7 @@ def nfnet(size: int, path: str) -> RunConfig:
     )
 
 
-def ablation(size: int, rung: str, path: str) -> RunConfig:
+def ablation(size: int, rung: str, path: str) -> ClassificationRun:
     """One rung of the ladder from an SE-ResNeXt-D to NFNet-F`size`, 0 to 3.
 
     Source: paper, section 5, Tables 2 and 6, appendix A.1. `baseline` has a ResNet's widths and one 3x3 convolution a
@@ -77,7 +77,7 @@ def ablation(size: int, rung: str, path: str) -> RunConfig:
     )
 
 
-def with_sam(size: int, path: str) -> RunConfig:
+def with_sam(size: int, path: str) -> ClassificationRun:
     """NFNet-F5 or F6 with sharpness-aware minimization.
 
     Source: paper, section 6.1, Table 3, appendix A.4: the ascent takes 20 % of the same batch, every replica its own.
@@ -92,7 +92,7 @@ def with_sam(size: int, path: str) -> RunConfig:
     return replace(run, optim=replace(run.optim, sam_rho=0.05))
 
 
-def resnet(name: str, batch_size: int, path: str) -> RunConfig:
+def resnet(name: str, batch_size: int, path: str) -> ClassificationRun:
     """A pre-activation NF-ResNet with AGC, or its BN twin, for 90 epochs at one of the batch sizes of Figure 2.
 
     Source: paper, section 4.1, Figures 2 and 7. Of these runs the epochs, batch sizes, rates, Nesterov's momentum and
@@ -104,7 +104,7 @@ def resnet(name: str, batch_size: int, path: str) -> RunConfig:
     Expected: with AGC at least the BN twin's accuracy up to batch size 4096 (Figure 2a).
     Reproduced: no.
     """
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig(name, drop_rate=0.0),
         DataConfig(path, crop_style="paper", eval_crop="crop_resize", train_px=224, eval_px=224),
         OptimConfig(
@@ -120,7 +120,7 @@ def resnet(name: str, batch_size: int, path: str) -> RunConfig:
     )
 
 
-def nf_regnet(size: int, path: str) -> RunConfig:
+def nf_regnet(size: int, path: str) -> ClassificationRun:
     """NF-RegNet-B`size`, 0 to 5, without AGC.
 
     Source: Brock, De, Smith 2021 (arXiv 2101.08692); released code, experiment_nf_regnets.py.
@@ -130,7 +130,7 @@ def nf_regnet(size: int, path: str) -> RunConfig:
     Expected: no figure that we could check against its source.
     Reproduced: no.
     """
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig(f"nf_regnet_b{size}"),
         replace(_augmented(path, 0, ("mixup", "cutmix")), eval_crop="crop_resize"),
         OptimConfig(
@@ -145,7 +145,7 @@ def nf_regnet(size: int, path: str) -> RunConfig:
     )
 
 
-def pretraining(name: str, path: str) -> RunConfig:
+def pretraining(name: str, path: str) -> ClassificationRun:
     """Pre-training on hundreds of millions of labelled images, as on JFT-300M: ResNets, NFNet-F4 and F4+.
 
     Source: paper, section 6.2, appendix A.5. Crops and flips alone at 224 px; of NFNets "as on ImageNet" is taken to
@@ -168,13 +168,13 @@ def pretraining(name: str, path: str) -> RunConfig:
             clipping=CLIPPING[1024] if name.startswith("nf") else None,
             ema_decay=0.0,
         )
-        return RunConfig(ModelConfig(name), replace(data, eval_crop="crop_resize"), optim, precision="bfloat16")
+        return ClassificationRun(ModelConfig(name), replace(data, eval_crop="crop_resize"), optim, precision="bfloat16")
     epochs = 20 if name.endswith("plus") else 40
     optim = OptimConfig(epochs=epochs, batch_size=4096, lr=1.6, warmup_epochs=5.0, weight_decay=1e-6)
-    return RunConfig(ModelConfig(name), data, optim, precision="bfloat16")
+    return ClassificationRun(ModelConfig(name), data, optim, precision="bfloat16")
 
 
-def fine_tuning(name: str, path: str) -> RunConfig:
+def fine_tuning(name: str, path: str) -> ClassificationRun:
     """Fine-tuning of all layers on ImageNet after `pretraining`: 15,000 steps.
 
     Source: paper, section 6.2, appendix A.5, Tables 4 and 5. ResNets without weight decay, dropout and stochastic
@@ -194,10 +194,10 @@ def fine_tuning(name: str, path: str) -> RunConfig:
         optim = replace(optim, clipping=0.01 if name.startswith("nf") else None)
         depth_rate = 0.0 if name.startswith("nf") else None  # the twins have none
         model = ModelConfig(name, drop_rate=0.0, stochastic_depth=depth_rate)
-        return RunConfig(model, data, optim, precision="bfloat16")
+        return ClassificationRun(model, data, optim, precision="bfloat16")
     data = DataConfig(path, crop_style="paper", eval_crop="resize_crop")
     optim = replace(optim, weight_decay=1e-5, sam_rho=0.05)
-    return RunConfig(ModelConfig(name, drop_rate=0.25, stochastic_depth=0.1), data, optim, precision="bfloat16")
+    return ClassificationRun(ModelConfig(name, drop_rate=0.25, stochastic_depth=0.1), data, optim, precision="bfloat16")
 
 
 def _augmented(path: str, magnitude: float, kinds: tuple[str, ...]) -> DataConfig:
@@ -216,7 +216,7 @@ def _augmented(path: str, magnitude: float, kinds: tuple[str, ...]) -> DataConfi
 _RESNETS = [f"{kind}_resnet{depth}" for kind in ("nf", "bn") for depth in DEPTHS]
 _PRETRAINED = ["nfnet_f4", "nfnet_f4_plus", *_RESNETS]
 
-RECIPES: dict[str, Callable[[str], RunConfig]] = {
+RECIPES: dict[str, Callable[[str], ClassificationRun]] = {
     **{f"nfnet_f{size}": partial(nfnet, size) for size in range(8)},
     **{f"nfnet_f{size}_sam": partial(with_sam, size) for size in (5, 6)},
     **{f"nfnet_f{size}_{rung}": partial(ablation, size, rung) for size in range(4) for rung in LADDER},

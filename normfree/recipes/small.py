@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from normfree.config import DataConfig, ModelConfig, OptimConfig, RunConfig, options_of, spell, with_options
+from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig, options_of, spell, with_options
 from normfree.errors import InputError
 
 MINUTES = (30, 10)  # that runs on images in colour, and on grey ones, are to take on a CPU
@@ -70,8 +70,8 @@ class Machine:
 
     device: str
     memory_gib: float
-    images_per_s: Callable[[RunConfig, float], float] | None = None
-    image_mib: Callable[[RunConfig], float] | None = None
+    images_per_s: Callable[[ClassificationRun, float], float] | None = None
+    image_mib: Callable[[ClassificationRun], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Reason:
 
 
 def choose(
-    given: Given, images: Images, machine: Machine, asked: Asked | None = None, base: RunConfig | None = None
-) -> tuple[RunConfig, tuple[Reason, ...]]:
+    given: Given, images: Images, machine: Machine, asked: Asked | None = None, base: ClassificationRun | None = None
+) -> tuple[ClassificationRun, tuple[Reason, ...]]:
     """The run: what is given, and for all else what goes with it, with the images and the machine; and why.
 
     Args:
@@ -127,7 +127,7 @@ def choose(
     return choice.run, tuple(choice.reasons)
 
 
-def _rule(images: Images, machine: Machine, asked: Asked | None) -> RunConfig:
+def _rule(images: Images, machine: Machine, asked: Asked | None) -> ClassificationRun:
     """What suits images and machine, where nothing else is given."""
     count, channels = images.num_train, 1 if images.grey else 3
     size = min(64 if count >= 20_000 else 32, max(2, count // 8))  # at least some hundred steps an epoch
@@ -135,7 +135,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> RunConfig:
     if images.are_small:  # the runs are too short to need dropout and stochastic depth
         px = max(28, -(-images.short_px // 4) * 4)
         epochs = round(min(max(10 if images.grey else 28, 300_000 / count), 60))
-        return RunConfig(
+        return ClassificationRun(
             ModelConfig("nfnet_nano", drop_rate=0.0, stochastic_depth=0.0, in_channels=channels),
             DataConfig(train_px=px, eval_px=px, crop_style="shift"),
             replace(optim, epochs=epochs, weight_decay=5e-4),
@@ -143,14 +143,14 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> RunConfig:
     ours = asked is not None and asked.name in OURS
     if machine.device == "cuda" and count >= 50_000 and images.short_px >= 160 and not ours:
         micro_batch = None if machine.memory_gib >= 30 else 64
-        return RunConfig(  # the paper's F0 with a quarter of its epochs. Not measured.
+        return ClassificationRun(  # the paper's F0 with a quarter of its epochs. Not measured.
             ModelConfig("nfnet_f0", in_channels=channels),
             DataConfig(train_px=192, eval_px=256, mixup=0.2, cutmix=1.0, randaugment_layers=4),
             OptimConfig(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08),
         )
     eval_px = min(images.short_px // 16 * 16, 160 if machine.device == "cuda" else 112)
     train_px = max(48, round(eval_px * 0.72 / 16) * 16)  # trained smaller than it is evaluated, as in the paper
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig("nfnet_micro", in_channels=channels),
         DataConfig(train_px=train_px, eval_px=eval_px, min_area=0.25),
         replace(optim, epochs=round(min(max(15, 100_000 / count), 120))),
@@ -178,9 +178,9 @@ class _Choice:
     images: Images
     machine: Machine
     asked: Asked | None
-    base: RunConfig | None
-    rule: RunConfig
-    run: RunConfig
+    base: ClassificationRun | None
+    rule: ClassificationRun
+    run: ClassificationRun
     reasons: list[Reason] = field(default_factory=list)
 
     def take(self, because: tuple[str, ...] = (), **options: tuple[Any, str | None]) -> None:
@@ -241,9 +241,16 @@ class _Choice:
             if size > o.batch_size:  # to 0.3 at most, where small networks begin to diverge, or to the paper's
                 lr = min(lr, max(o.lr, min(0.1 * size / 32, 0.3), 0.1 * size / 256))
             clipping = _clipping(name, size) if new or name in OURS else clipping
-        clips = "nothing clipped" if clipping is None else f"λ {clipping:.3g}"
+        if (adamw := self.run.optim.optimizer == "adamw") and o.optimizer != "adamw":
+            lr, weight_decay = 0.001 * math.sqrt(size / 256), 0.05  # the square root: Malladi et al. 2022
+        clip = self.run.optim.clip
+        if clip != o.clip:
+            clipping = {"agc": clipping or _clipping(name, size), "norm": 1.0, "none": None}[clip]
+        what = "gradients clipped to the norm" if clip == "norm" else "λ"
+        clips = "nothing clipped" if clipping is None else f"{what} {clipping:.3g}"
+        causes = (*(("optimizer",) if adamw else ()), *(("clip",) if clip != o.clip else ()), "batch_size")
         self.take(
-            ("batch_size", "model", "init") if by_paper else ("batch_size",),
+            (*causes, "model", "init") if by_paper else causes,
             batch_size=(size, f"batches of {size}" if new else None),
             lr=(lr, f"learning rate {lr:.3g}" if new or lr != o.lr else None),
             clipping=(clipping, clips if new or clipping != o.clipping else None),
@@ -339,9 +346,9 @@ class _Choice:
         self.take(eval_every=(every, text))
 
 
-def mnist5k(path: str = "mnist5k") -> RunConfig:
+def mnist5k(path: str = "mnist5k") -> ClassificationRun:
     """4,000 digits of 28 px, `nfnet_nano`: 98.4 % of the 1,000 held-out ones in 0:44 on two cores of an AMD EPYC."""
-    return RunConfig(
+    return ClassificationRun(
         ModelConfig("nfnet_nano"),
         DataConfig(path, train_px=28, eval_px=28, min_area=0.8, flip=False),
         OptimConfig(epochs=8, batch_size=32, lr=0.05, clipping=0.04),

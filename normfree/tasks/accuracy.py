@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.data import Batch, EvalTransform, Samples, eval_batches, normalize
-from normfree.files import utf8
+from normfree.config import MAX_PX, MAX_SEED, MAX_WORKERS
+from normfree.data import (
+    Batch,
+    EvalTransform,
+    LabelledImages,
+    Samples,
+    count_sampled,
+    eval_batches,
+    normalize,
+    open_evaluation,
+)
+from normfree.engine.device import autocast, pick_device
+from normfree.engine.log import progress
+from normfree.errors import InputError, check_range
+from normfree.files import check_writable, replacing, utf8
 from normfree.layers import reuse_weights
+from normfree.models import load
 from normfree.weights import ModelInfo
+from normfree.weights.file import package_version
+
+EVAL_BATCH = 64
 
 
 @dataclass
@@ -172,10 +192,6 @@ def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float], device:
     return normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -185,8 +201,9 @@ def evaluate(
     std: Sequence[float],
     device: torch.device,
     precision: str = "float32",
+    forward: Callable[..., Any] | None = None,
 ) -> Accuracy:
-    """Runs `model` in evaluation mode over `batches`; the mode it was in comes back afterwards."""
+    """Runs `model`, or `forward` in its place, in evaluation mode over `batches`; its mode is restored afterwards."""
     was_training = model.training
     model.eval()
     result = Accuracy(torch.zeros(num_classes, num_classes, dtype=torch.int64))
@@ -197,7 +214,7 @@ def evaluate(
                 if not len(batch.targets):
                     continue
                 with autocast(device, precision):
-                    logits = model(prepare(batch.images, mean, std, device)).float().cpu()
+                    logits = (forward or model)(prepare(batch.images, mean, std, device)).float().cpu()
                 result.loss_sum += F.cross_entropy(logits.double(), batch.targets, reduction="sum").item()
                 best = logits.topk(min(5, num_classes), 1).indices
                 result.top5 += int((best == batch.targets[:, None]).any(1).sum())
@@ -205,3 +222,83 @@ def evaluate(
     finally:
         model.train(was_training)
     return result
+
+
+def pick_workers(workers: int | None, images: LabelledImages) -> int:
+    """Reading processes: none for images that are in memory, else a core is left for the network."""
+    if workers is not None:
+        return workers
+    return 0 if images.in_memory else min(8, max(1, (os.cpu_count() or 2) - 1))
+
+
+def evaluate_images(
+    model: nn.Module,
+    info: ModelInfo,
+    images: LabelledImages,
+    device: torch.device,
+    workers: int,
+    precision: str = "float32",
+    show: Callable[[int, int], None] = lambda seen, total: None,
+    forward: Callable[..., Any] | None = None,
+) -> Accuracy:
+    """Accuracy of `model` on `images`, prepared as `info` says; `show(done, total)` takes the progress.
+
+    `forward`: what computes logits in place of `model` itself, such as the model compiled.
+    """
+
+    def batches() -> Iterator[Batch]:
+        for i, batch in enumerate(batches_for(info, images, EVAL_BATCH, workers, device.type == "cuda"), 1):
+            yield batch
+            show(min(i * EVAL_BATCH, len(images)), len(images))
+
+    return evaluate(model, batches(), info.num_classes, info.mean, info.std, device, precision, forward)
+
+
+def evaluate_weights(
+    weights: str,
+    data: str,
+    px: int | None = None,
+    held_out: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    out: str | None = None,
+) -> tuple[Accuracy, ModelInfo]:
+    """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's).
+
+    `held_out` and `seed` (default: 0) are those of a training that held images out itself: just these are taken.
+    `out`: a new file, .json or .csv, for the whole report (`write_report`). Raises InputError.
+    """
+    check_range("px", px, 8, MAX_PX)
+    check_range("workers", workers, 0, MAX_WORKERS)
+    check_range("seed", seed, 0, MAX_SEED)
+    if seed is not None and held_out is None:
+        raise InputError(f"--seed {seed} says which images were held out; add --held-out with their share")
+    check_writable(out, endings=(".json", ".csv"))
+    where = pick_device(device)
+    model = load(weights).float()
+    assert model.info is not None
+    info = replace(model.info, eval_px=px or model.info.eval_px)
+    if not info.class_names:
+        raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
+    images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed or 0)
+    for note in images.notes:
+        print(f"warning: {data}: {note}", file=sys.stderr)
+    if seen := count_sampled(images, info.trained_on):
+        what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
+        print(f"warning: {what}; see --held-out", file=sys.stderr)
+    model = model.to(where).to(memory_format=torch.channels_last)
+    began = time.monotonic()
+    with progress("evaluate") as show:
+        accuracy = evaluate_images(model, info, images, where, pick_workers(workers, images), show=show)
+    if accuracy.num_images == 0:
+        raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}")
+    if out is not None:
+        crop = {"px": info.eval_px, "crop": info.eval_crop, "crop_fraction": info.crop_fraction}
+        machine = {"precision": "float32", "device": str(where), "seconds": round(time.monotonic() - began, 3)}
+        report = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
+        report |= accuracy.report(info.class_names) | {"architecture": info.architecture} | crop | machine
+        report |= {"versions": {"normfree": package_version(), "torch": torch.__version__}}
+        with replacing(out) as temporary:
+            write_report(report, temporary, Path(out).suffix)
+    return accuracy, info

@@ -1,0 +1,146 @@
+"""What a classification run is where the user has not said: asks `recipes`, and measures what they need to know."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfree.config import ClassificationRun, ModelConfig, spell, with_options
+from normfree.data import DATASET_NAMES, has_validation, look_at, open_dataset
+from normfree.engine.device import autocast, memory_gib, pick_device
+from normfree.engine.run import passes_per_step
+from normfree.errors import InputError, nearest
+from normfree.models import Network, create_model, find_variant, from_weights
+from normfree.models.files import read_any
+from normfree.native import library
+from normfree.recipes import RECIPES
+from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
+
+
+def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tuple[Reason, ...]]:
+    """The run for the options that are `given`, by name, the rest chosen or by the recipe called `name`; and why."""
+    if name is not None and name not in RECIPES:
+        raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
+    loose: dict[str, Any] = {"clipping": None} if given.get("clip") == "none" else {}
+    loose |= {"epochs": math.inf, "warmup_epochs": 0.0, "lr": max(0.1, given.get("final_lr", 0.0)), "mixup": 0.2}
+    said = with_options(ClassificationRun(), loose | dict(given))  # what is not chosen yet contradicts nothing
+    said.check()
+    path, device = said.data.path, pick_device(said.machine.device)
+    base, asked = _starting_point(name, path, said.model, given)
+    images, validation = open_dataset(path, validation_fraction=said.data.validation_fraction, seed=said.seed)
+    if "validation_fraction" in given and has_validation(path):
+        raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
+    counts = Counter(images.targets).values()
+    seen = Images(len(images), images.class_names, *look_at(images), max(counts) / min(counts), len(validation))
+
+    @functools.cache
+    def model(config: ModelConfig) -> Network:
+        with torch.random.fork_rng(devices=[]):
+            return network(config, images.class_names)[0].to(device).train()
+
+    def of_run(measure: Callable[..., float]) -> Callable[..., float]:
+        return lambda run, *more: measure(model(run.model), run, *more)
+
+    speed = of_run(images_per_second) if device.type == "cpu" and name is None else None
+    machine = Machine(device.type, memory_gib(device), speed, of_run(image_mib))
+    return choose(given, seen, machine, asked, base)
+
+
+def _starting_point(
+    name: str | None, path: str, model: ModelConfig, given: Given
+) -> tuple[ClassificationRun | None, Asked | None]:
+    """The recipe called `name`, or that a packaged set has; and the network of --model or --init, if no recipe's."""
+    if name is not None:
+        run = RECIPES[name](path)
+        if given.get("model", run.model.model) != run.model.model:
+            what = f"--recipe {name} is for {run.model.model}, not {given['model']}"
+            raise InputError(f"{what}: take the recipe of that name, or leave out --recipe")
+        if given.keys() & {"train_px", "eval_px"}:  # one side follows the other, so they must be known
+            own = find_variant(run.model.model)
+            px = {"train_px": run.data.train_px or own.train_px, "eval_px": run.data.eval_px or own.eval_px}
+            run = with_options(run, px)
+        return run, None
+    base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None
+    if model.init is not None:
+        info = read_any(model.init, given.get("model"), model.overrides()).info
+        if given.get("model", info.architecture) != info.architecture:
+            raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
+        return base, Asked(info.architecture, info.train_px, info.eval_px, info.in_channels)
+    own = find_variant(model.model)
+    return base, Asked(model.model, own.train_px, own.eval_px) if "model" in given else None
+
+
+def network(m: ModelConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
+    """The network, its layers frozen as `m` says, on the CPU, and what is to be said of its weights."""
+    notes = ()
+    if m.init is None:
+        model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
+    else:
+        model, notes = from_weights(m.model, len(class_names), m.in_channels, m.init, m.overrides(), class_names)
+    if m.freeze:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    return model.to(memory_format=torch.channels_last), notes
+
+
+def image_mib(model: Network, run: ClassificationRun) -> float:
+    """MiB that one more image keeps for the backward pass."""
+    images = _noise(model, run, 3)
+
+    def kept(count: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(images.device, run.precision),
+        ):
+            outputs = model(images[:count])  # which keep the tensors, so that no address comes twice
+        del outputs
+        return sum(sizes.values())
+
+    return max(kept(3) - kept(2), 1) / 2**20
+
+
+def images_per_second(model: Network, run: ClassificationRun, enough: float) -> float:
+    """Of how many images the gradients are computed in a second on a CPU; measured in twenty seconds.
+
+    In two, if these say more than twice `enough`. The mean, so that what other programs take counts.
+    """
+    images = _noise(model, run, min(run.optim.batch_size, run.optim.micro_batch or run.optim.batch_size))
+
+    def measured(seconds: float) -> float:
+        began, count = time.monotonic(), 0
+        while time.monotonic() < began + seconds or not count:
+            with autocast(images.device, run.precision):
+                outputs = model(images)
+            outputs.float().sum().backward()
+            count += len(images)
+        return count / (time.monotonic() - began) / passes_per_step(run.optim)
+
+    library()  # compiled before anything is timed
+    measured(1)  # memory is found
+    speed = measured(1)
+    if speed > 2 * enough:
+        return speed
+    print("measuring, for twenty seconds, how many epochs this machine has time for ...", file=sys.stderr)
+    return measured(18)
+
+
+def _noise(model: Network, run: ClassificationRun, count: int) -> Tensor:
+    """(count, C, H, W), of the training images' size, on the model's device; torch's generator stays as it is."""
+    px = run.data.train_px or find_variant(run.model.model).train_px
+    images = torch.randn(count, run.model.in_channels, px, px, generator=torch.Generator().manual_seed(0))
+    return images.to(next(model.parameters()).device, memory_format=torch.channels_last)
