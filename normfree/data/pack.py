@@ -1,4 +1,4 @@
-"""A data set as tar shards: large files that are quick to read and to copy, and the same whoever packs them when."""
+"""Packs a data set into tar shards, which are quick to read and to copy; equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -41,30 +41,32 @@ def pack(
     workers: int = 0,
     show: Show = lambda done, total: None,
 ) -> list[str]:
-    """Writes the data set `spec` to the new folder `out`: train-000000.tar, ..., each beside its index; validation too.
+    """Writes the data set `spec` to the new folder `out` as train-000000.tar, ..., validation-000000.tar, ..., indexed.
 
-    Images are in an order drawn by their names, and their bytes as they are, or, with `px`, as JPEG of that `quality`
-    whose short side has at most `px` pixels. What was packed before an interruption stays, in OUT.partial. Returns
-    what this call could not read, as "name: reason". InputError: `out` exists, other settings or data than before.
+    Images are shuffled by a hash of their names. Files are kept as they are, or, with `px`, re-encoded as JPEG of that
+    `quality` with a short side of at most `px` pixels. After an interruption the same call resumes in OUT.partial.
+    Returns what this call could not read, as "name: reason". Raises InputError if `out` exists, or if OUT.partial was
+    begun with other settings or data.
     """
     if not 0 < shard_mb < math.inf or not 1 <= quality <= 100 or (px is not None and px < 1):
         raise InputError("--shard-mb is more than 0, --quality 1 to 100, --px at least 1")
     folder = Path(f"{out.rstrip('/')}.partial")
     check_writable(out, "folder", parents=True)
-    parts = dict(zip(("train", "validation"), open_dataset(spec), strict=True))
-    named = (f"{images.name(i)} {target}\n" for images in parts.values() for i, target in enumerate(images.targets))
+    splits = dict(zip(("train", "validation"), open_dataset(spec), strict=True))
+    named = (f"{images.name(i)} {target}\n" for images in splits.values() for i, target in enumerate(images.targets))
     content = short_hash("".join(named))
     settings = json.dumps({"shard_mb": shard_mb, "px": px, "quality": quality, "content": content})
     folder.mkdir(parents=True, exist_ok=True)
-    if (made := folder / "pack.json").exists() and made.read_text() != settings:
+    if (settings_file := folder / "pack.json").exists() and settings_file.read_text() != settings:
         raise InputError(f"{folder} was begun with other images or settings: repeat those, or delete it")
-    made.write_text(settings)
-    total = sum(len(images) for images in parts.values())
+    with replacing(settings_file) as unfinished:
+        unfinished.write_text(settings)
+    total = sum(len(images) for images in splits.values())
     unreadable: list[str] = []
     finished = 0
-    for part, images in parts.items():
+    for split, images in splits.items():
         stored = partial(_stored, px=px, quality=quality)
-        for position in _pack_part(images, folder / part, shard_mb * 1e6, stored, workers, unreadable):
+        for position in _pack_split(images, folder / split, shard_mb * 1e6, stored, workers, unreadable):
             show(finished + position, total)
         finished += len(images)
     if len(unreadable) == total:
@@ -89,13 +91,15 @@ class _Each:
         return [self.function(self.images, index) for index in indices]
 
 
-def _pack_part(
+def _pack_split(
     images: LabelledImages, stem: Path, shard_bytes: float, stored: Job, workers: int, unreadable: list[str]
 ) -> Iterator[int]:
-    """Writes the shards STEM-000000.tar, ... that are not there yet; yields the number of images dealt with."""
+    """Writes the shards STEM-000000.tar, ... that are missing; yields the number of images done so far."""
     order = sorted(range(len(images)), key=lambda index: name_hash(0, images.name(index)))
     number = start = size = 0
-    while index := Index.load(index_file(f"{stem}-{number:06d}.tar")):  # written last, so that the shard is whole
+    while index := Index.load(
+        index_file(f"{stem}-{number:06d}.tar")
+    ):  # written after its shard, which is therefore whole
         start, number = 1 + order.index(int(index.keys[-1].partition(b"-")[0])), number + 1
     entries: list[tuple[str, bytes]] = []
     for position, item in enumerate(each(images, order[start:], stored, workers), start):
@@ -106,7 +110,7 @@ def _pack_part(
             words = re.sub("[^A-Za-z0-9_]+", "-", os.path.splitext(images.name(order[position]))[0])
             key = f"{order[position]:07d}-{words[-60:]}"
             entries += [(f"{key}.{suffix}", content), (f"{key}.cls", b"%d" % images.targets[order[position]])]
-            size += len(content) + 2048  # two headers, and what fills the blocks of 512 bytes
+            size += len(content) + 2048  # two headers, and padding to blocks of 512 bytes
         if entries and (size >= shard_bytes or position == len(order) - 1):
             _write_shard(f"{stem}-{number:06d}.tar", entries, images.class_names)
             entries, number, size = [], number + 1, 0
@@ -119,18 +123,18 @@ def _write_shard(path: str, entries: Sequence[tuple[str, bytes]], class_names: S
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    scan(path, class_names).save(Path(index_file(path)))
+    scan(path, class_names).save(index_file(path))
 
 
 def _stored(images: Samples, index: int, px: int | None, quality: int) -> tuple[str, bytes] | str:
-    """(suffix, content) of an image in a shard, or what is wrong with it."""
+    """(suffix, content) of an image in a shard, or "name: reason" if it is unreadable."""
     try:
         source = images.source(index)
         if px is None:
             with open_image(source) as image:
                 suffix = (image.format or "").lower().replace("jpeg2000", "jp2").replace("jpeg", "jpg")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
-            return suffix if f".{suffix}" in image_suffixes() else "jpg", content  # MPO, of some phones, is JPEG
+            return suffix if f".{suffix}" in image_suffixes() else "jpg", content  # MPO, from some phones, is JPEG
         image = read_image(source, min_px=px)
         if (scale := px / min(image.size)) < 1:
             size = round(image.width * scale), round(image.height * scale)

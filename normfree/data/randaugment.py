@@ -1,8 +1,8 @@
-"""RandAugment: a few operations, drawn from sixteen, one after another (Cubuk et al. 2019), in two arithmetics.
+"""RandAugment (Cubuk et al. 2019): a few operations in a row, drawn from sixteen, in two styles.
 
-`paper` is the released code's (autoaugment.py), with what is odd in it: contrast that depends on the number of pixels,
-posterizing that weakens with the magnitude, distances in pixels whatever the size. `pil` is what the names promise, for
-one's own images: Pillow's operations, all of them stronger with the magnitude, distances relative to the picture.
+`paper` equals the released code (autoaugment.py), oddities included: contrast depends on the number of pixels,
+posterization weakens with the magnitude, distances are in pixels at any image size. `pil` is for your own images:
+Pillow's operations, all of them stronger with the magnitude, and distances relative to the image.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ OPERATIONS = (
 )
 _GEOMETRIC = frozenset(("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"))
 _ENHANCING = frozenset(("Color", "Contrast", "Brightness", "Sharpness"))
-_SIGNED = {"paper": _GEOMETRIC, "pil": _GEOMETRIC | _ENHANCING}  # strengths that are negated half of the time
+_SIGNED = {"paper": _GEOMETRIC, "pil": _GEOMETRIC | _ENHANCING}  # their strengths are negated half of the time
 
 _FILL = 128
-_REFERENCE_PX = 224  # `pil`: the side at which distances are the paper's
+_REFERENCE_PX = 224  # `pil`: the side at which distances equal the paper's
 
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`num_layers` of the sixteen operations, each drawn uniformly, with replacement, and always applied.
+    """Applies `num_layers` of the sixteen operations, drawn uniformly with replacement.
 
-    `magnitude` is 0 to 30; 10 is full scale, and the paper's networks take 5, 10 and 15 (appendix A.3). What an
-    operation does at a magnitude: `strengths`. Raises `InputError` for numbers out of range.
+    `magnitude` is 0 to 30. 10 is full scale; the paper uses 5, 10 and 15 (appendix A.3). `strengths` translates it for
+    each operation. Raises `InputError` for numbers out of range.
     """
 
     num_layers: int = 4
@@ -49,61 +49,63 @@ class RandAugment:
             raise InputError(f"{self}: num_layers is at least 0, magnitude 0 to 30, style paper or pil")
 
     def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(H, W, C) uint8 of an L or RGB image, or of an array (H, W, C) with C = 1 or 3.
+        """(H, W, C) uint8 from an L or RGB image, or from an array (H, W, C) with C = 1 or 3.
 
-        Of floating-point pixels the fraction is cut off and what is beyond 0..255, as in the released code.
+        Floating-point pixels are clipped to 0..255 and truncated, as in the released code.
         """
         picture = image if isinstance(image, Image.Image) else _to_image(image)
-        told = strengths(self.magnitude, self.style, picture.width, picture.height)
+        strength = strengths(self.magnitude, self.style, picture.width, picture.height)
         for index in rng.integers(len(OPERATIONS), size=self.num_layers):
             name = OPERATIONS[index]
             if name == "Cutout":
                 x, y = rng.integers(picture.width), rng.integers(picture.height)
-                picture = cutout(picture, int(told[name]), int(x), int(y))
+                picture = cutout(picture, int(strength[name]), int(x), int(y))
             else:
                 negative = name in _SIGNED[self.style] and rng.random() < 0.5
-                picture = APPLY[self.style][name](picture, -told[name] if negative else told[name])
+                picture = APPLY[self.style][name](picture, -strength[name] if negative else strength[name])
         return np.atleast_3d(np.array(picture))
 
 
 def strengths(magnitude: float, style: AugmentStyle, width: int, height: int) -> dict[str, float]:
-    """What each operation is told at a magnitude, signs left out; 0 where there is nothing to tell.
+    """The argument of each operation at a magnitude, without its sign; 0 for operations without an argument.
 
-    Rotate: degrees. Shear: the tangent. Translate: pixels. Cutout: half the side, pixels. Posterize: bits kept.
-    Solarize: the grey level from which pixels are inverted. SolarizeAdd: grey levels. The others: in `paper` the
-    factor (1 leaves the picture alone, 0 takes everything away), in `pil` its distance from 1.
+    Rotate: degrees. Shear: tangent. Translate: pixels. Cutout: half the side in pixels. Posterize: bits kept. Solarize:
+    grey level from which pixels are inverted. SolarizeAdd: grey levels. Color, Contrast, Brightness, Sharpness: in
+    `paper` the factor (1 changes nothing), in `pil` its distance from 1.
     """
     level = magnitude / 10
-    told = dict.fromkeys(OPERATIONS, 0.0)
-    told |= {"Rotate": 30 * level, "ShearX": 0.3 * level, "ShearY": 0.3 * level, "SolarizeAdd": int(level * 110)}
+    result = dict.fromkeys(OPERATIONS, 0.0)
+    result |= {"Rotate": 30 * level, "ShearX": 0.3 * level, "ShearY": 0.3 * level, "SolarizeAdd": int(level * 110)}
     if style == "paper":
-        told |= dict.fromkeys(_ENHANCING, 1.8 * level + 0.1)
-        told |= {"TranslateX": 100 * level, "TranslateY": 100 * level, "Cutout": int(level * 40)}
-        told |= {"Posterize": int(level * 4)}
-        told |= {"Solarize": int(level * 256) % 256}  # a threshold of 256 does not fit into uint8, and NumPy wrapped it
+        result |= dict.fromkeys(_ENHANCING, 1.8 * level + 0.1)
+        result |= {"TranslateX": 100 * level, "TranslateY": 100 * level, "Cutout": int(level * 40)}
+        result |= {"Posterize": int(level * 4)}
+        result |= {
+            "Solarize": int(level * 256) % 256
+        }  # a threshold of 256 does not fit into uint8, and NumPy wrapped it
     else:
-        told |= dict.fromkeys(_ENHANCING, 0.9 * level)
-        told |= {"TranslateX": round(100 * level * width / _REFERENCE_PX)}
-        told |= {"TranslateY": round(100 * level * height / _REFERENCE_PX)}
-        told |= {"Cutout": round(40 * level * min(width, height) / _REFERENCE_PX)}
-        told |= {"Posterize": max(1, 8 - round(4 * level)), "Solarize": max(0, 256 - int(level * 256))}
-    return told
+        result |= dict.fromkeys(_ENHANCING, 0.9 * level)
+        result |= {"TranslateX": round(100 * level * width / _REFERENCE_PX)}
+        result |= {"TranslateY": round(100 * level * height / _REFERENCE_PX)}
+        result |= {"Cutout": round(40 * level * min(width, height) / _REFERENCE_PX)}
+        result |= {"Posterize": max(1, 8 - round(4 * level)), "Solarize": max(0, 256 - int(level * 256))}
+    return result
 
 
 def cutout(image: Image.Image, half_px: int, x: int, y: int) -> Image.Image:
-    """A square of side 2 `half_px` around (`x`, `y`), as much of it as is in the picture, in middle grey."""
+    """Paints a square of side 2 `half_px` around (`x`, `y`), clipped to the image, in middle grey."""
     image = image.copy()
     image.paste(_ink(image, _FILL), (x - half_px, y - half_px, x + half_px, y + half_px))
     return image
 
 
 def _ink(image: Image.Image, level: int) -> tuple[int, ...]:
-    """A grey level as a colour of this picture's mode."""
+    """A grey level as a colour in the mode of `image`."""
     return (level,) * len(image.getbands())
 
 
 def _grey(image: Image.Image, level: int) -> Image.Image:
-    """A picture of one grey, of the same size and mode."""
+    """An image of one grey level, of the same size and mode."""
     return Image.new(image.mode, image.size, _ink(image, level))
 
 
@@ -134,7 +136,7 @@ _LEVELS = np.arange(256)
 
 
 def _point(image: Image.Image, *tables: np.ndarray) -> Image.Image:
-    """The picture through a table of 256 grey levels, the same for every channel or one for each."""
+    """Looks pixels up in a table of 256 grey levels, the same for every channel or one for each."""
     channels = len(image.getbands())
     return image.point(np.concatenate(tables if len(tables) == channels else tables * channels).tolist())
 
@@ -143,7 +145,7 @@ def _point(image: Image.Image, *tables: np.ndarray) -> Image.Image:
 
 
 def _auto_contrast(image: Image.Image, _: float) -> Image.Image:
-    """Each channel stretched to 0..255, in float32 and cut off, where Pillow rounds."""
+    """Stretches each channel to 0..255, in float32 and truncated, where Pillow rounds."""
     extrema = image.getextrema()
     ranges = cast(list[tuple[int, int]], extrema if len(image.getbands()) > 1 else [extrema])
     return _point(image, *(_stretch(low, high) for low, high in ranges))
@@ -161,13 +163,13 @@ def _color(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _luma(image: Image.Image) -> Image.Image:
-    """tf.image.rgb_to_grayscale: other weights than Pillow's, times 255.5 / 255, cut off."""
+    """tf.image.rgb_to_grayscale: weights other than Pillow's, times 255.5 / 255, truncated."""
     red, green, blue = (weight * 255.5 / 255 for weight in (0.2989, 0.587, 0.114))
-    return image.convert("L", (red, green, blue, -0.5))  # Pillow adds 0.5 and cuts off
+    return image.convert("L", (red, green, blue, -0.5))  # Pillow adds 0.5 and truncates
 
 
 def _contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Against the grey (pixels / 256), at most 255: theirs adds up the counts of a histogram, not the grey levels."""
+    """Blends with the grey level pixels / 256, at most 255: the released code averages a histogram's counts."""
     return Image.blend(_grey(image, min(image.width * image.height // 256, 255)), image, factor)
 
 
@@ -180,10 +182,10 @@ def _sharpness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _smooth(image: Image.Image) -> Image.Image:
-    """The mean of 3 x 3 pixels, the middle one counted five times, cut off; the border stays as it is.
+    """The mean of 3 x 3 pixels, the middle one counted five times, truncated; the border is left unchanged.
 
-    Where the exact mean is a whole number, the last bit of a float32 decides which is left after cutting off: the sum
-    is theirs, in the order of their kernel by fused multiply-adds, for which float64 has room.
+    If the exact mean is an integer, the last bit of a float32 decides the result of truncation. The sum is therefore in
+    TensorFlow's order and by its fused multiply-adds, which float64 emulates.
     """
     pixels = np.atleast_3d(np.asarray(image)).astype(np.float64)
     height, width = max(image.height - 2, 0), max(image.width - 2, 0)
@@ -206,7 +208,7 @@ def _shear(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def _affine(image: Image.Image, to_x: tuple[float, float, float], to_y: tuple[float, float, float]) -> Image.Image:
-    """Output (x, y) is input (a x + b y + c, d x + e y + f) in float32, rounded, halves away from 0; grey outside."""
+    """Output (x, y) is input (a x + b y + c, d x + e y + f) in float32, rounded half away from 0; grey outside."""
     pixels = np.atleast_3d(np.asarray(image))
     height, width, channels = pixels.shape
     column, row = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
@@ -221,7 +223,7 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:
-    """Of (H, W, C); floats are cut off."""
+    """From (H, W, C); floats are clipped and truncated."""
     if pixels.dtype != np.uint8:
         pixels = pixels.clip(0, 255).astype(np.uint8)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -1,4 +1,4 @@
-"""Files on other machines: copied whole into a cache, where those that were not used for longest make room."""
+"""Files on other machines, copied whole into a cache of bounded size that evicts the least recently used ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RETRY_SECONDS = (1, 2, 4, 8)
 
 
 def data_folder() -> Path:
-    """Where data sets, and copies of remote files, are kept: $NORMFREE_DATA, or ~/.cache/normfree/data."""
+    """The folder of data sets and of copies of remote files: $NORMFREE_DATA, or ~/.cache/normfree/data."""
     folder = os.environ.get("NORMFREE_DATA") or "~/.cache/normfree/data"
     try:
         return Path(folder).expanduser()
@@ -33,40 +33,42 @@ def data_folder() -> Path:
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is an address, such as https://... or s3://..."""
     return "://" in path
 
 
 def short_hash(text: str) -> str:
+    """24 hexadecimal digits."""
     return hashlib.blake2b(os.fsencode(text), digest_size=12).hexdigest()
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file for reading, a remote one by its copy, which is made now where there is none: once, however many ask.
+    """Opens a local file, or the copy of a remote one, which is downloaded once for all processes of a machine.
 
-    Raises InputError if a remote file cannot be had; what an address stands for is taken never to change.
+    A file at an address is assumed never to change. Raises InputError if a remote file cannot be downloaded.
     """
     if not is_remote(path):
         return open(path, "rb")
     copy = data_folder() / "copies" / f"{short_hash(path)}-{posixpath.basename(path)}"
     with contextlib.suppress(FileNotFoundError):
-        os.utime(copy)  # the newest are the last to make room
+        os.utime(copy)  # the time of the last use
         return copy.open("rb")
     limit = _cache_bytes()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{copy}.lock"):
         if copy.exists():
             return copy.open("rb")
-        unfinished = copy.with_suffix(".partial")
+        unfinished = copy.with_suffix(".partial")  # the same name each time: what a kill leaves is overwritten
         with plain_errors(path):
             _download(path, unfinished)
-        file = unfinished.open("rb")  # before it has its name, from when on it may have to make room
+        file = unfinished.open("rb")  # opened before it is published: another process may evict it
         unfinished.replace(copy)
-    _make_room(copy, limit)
+    _evict(copy, limit)
     return file
 
 
-def match(pattern: str) -> list[str]:
-    """The remote files that fit a pattern with stars."""
+def glob_remote(pattern: str) -> list[str]:
+    """The addresses of the remote files that match a pattern with wildcards."""
     if pattern.startswith("http"):
         raise InputError(f"{pattern}: a web server does not list its files; name them with braces, as in {{000..099}}")
     with plain_errors(pattern):
@@ -78,19 +80,18 @@ def match(pattern: str) -> list[str]:
 
 @contextlib.contextmanager
 def plain_errors(address: str) -> Iterator[None]:
-    """Whatever the libraries that fetch from `address` raise, as an InputError."""
+    """Turns whatever the libraries that read from `address` raise into an InputError."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # each store has types of its own
-        reason = one_line(error)
+    except Exception as error:  # each store has exceptions of its own
         remedy = "install it" if isinstance(error, ImportError) else "check its name, the network and permissions"
-        raise InputError(f"cannot read {address} ({reason}): {remedy}") from None
+        raise InputError(f"cannot read {address} ({one_line(error)}): {remedy}") from None
 
 
 def _download(address: str, path: Path) -> None:
-    """Fetches a file whole; tries again after failures that may pass."""
+    """Downloads a whole file, with retries after failures that may pass."""
     for seconds in (*_RETRY_SECONDS, None):
         try:
             with _open_remote(address) as source, path.open("wb") as target:
@@ -118,23 +119,23 @@ def _open_remote(address: str) -> Iterator[BinaryIO]:
     request = urllib.request.Request(address, headers={"User-Agent": "normfree"})
     with urllib.request.urlopen(request, timeout=60) as response:
         yield response
-        if response.length:  # reading stops without a word where the connection does
+        if response.length:  # if the connection breaks off, `read` returns less and raises nothing
             raise ConnectionError(f"the connection broke off {response.length} bytes before the end")
 
 
 def _cache_bytes() -> float:
-    """What copies may take together: $NORMFREE_CACHE_GB, or 200 GB."""
+    """The size limit of all copies together: $NORMFREE_CACHE_GB, or 200 GB."""
     limit = os.environ.get("NORMFREE_CACHE_GB") or "200"
     if not re.fullmatch(r"\d+(\.\d+)?", limit):
         raise InputError(f"NORMFREE_CACHE_GB is {limit!r}; give the gigabytes that copies of remote files may take")
     return 1e9 * float(limit)
 
 
-def _make_room(newest: Path, limit: float) -> None:
-    """Deletes old copies while all of them are above `limit` bytes."""
+def _evict(newest: Path, limit: float) -> None:
+    """Deletes the least recently used copies, but not `newest`, until all take at most `limit` bytes."""
     copies = []
     for path in newest.parent.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be making room
+        with contextlib.suppress(FileNotFoundError):  # another process may be evicting, too
             copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     excess = sum(size for _, size, _ in copies) - limit
     for _, size, path in sorted(copies):

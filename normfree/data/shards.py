@@ -1,6 +1,6 @@
-"""Images in tar shards by WebDataset's convention: KEY.jpg (or .png, ...) beside KEY.cls or KEY.json with the label.
+"""Images in tar shards, by WebDataset's convention: KEY.jpg (or .png, ...) beside KEY.cls or KEY.json with the label.
 
-The headers of a shard are read once and give the place of every image, kept in an index; images are read by seeking.
+The headers of a shard are read once, into an index of where each image lies; images are then read by seeking.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from normfree.data.images import LabelledImages, Samples, UnreadableImage, image_suffixes
-from normfree.data.remote import data_folder, is_remote, match, open_file, short_hash
+from normfree.data.remote import data_folder, glob_remote, is_remote, open_file, short_hash
 from normfree.data.splits import Splits, named_splits, split_files
 from normfree.errors import InputError
+from normfree.files import replacing
 
 _LABEL_FIELDS = ("label", "cls", "class")
-_SCAN = 2  # raised when `scan` finds something else in a shard than it did, so that no older index is used
-_WINDOW_SHARDS = 16  # among which the images of an epoch are shuffled: what disk and caches have to hold at a time
+_SCAN_VERSION = 2  # raised whenever `scan` changes what it finds, so that older remembered indexes are not used
+_WINDOW_SHARDS = 16  # images are shuffled among this many shards, all that disk caches must hold at a time
 
 
 @dataclass(kw_only=True, eq=False)
 class ShardImages(Samples):
-    """Image i is the `sizes[i]` bytes at `offsets[i]` of `shards[places[i]]`; arrays (N,), `keys` of bytes."""
+    """Image i is the `sizes[i]` bytes at `offsets[i]` of `shards[places[i]]`; arrays are (N,), `keys` of bytes."""
 
     shards: tuple[str, ...]
     places: np.ndarray
@@ -64,9 +65,9 @@ class ShardImages(Samples):
         return replace(self, **{name: getattr(self, name)[rows] for name in ("places", "offsets", "sizes", "keys")})
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """Shards in random order, and images in random order among those of a few shards: reading stays local."""
+        """Shards in random order, and images in random order among those of a few shards, to keep reads local."""
         if len(self.shards) <= _WINDOW_SHARDS:
-            return super().order(rng)  # that of the same images in a folder
+            return super().order(rng)  # the same as for these images in a folder
         window = rng.permutation(len(self.shards))[self.places] // _WINDOW_SHARDS
         return np.lexsort((rng.random(len(self)), window))
 
@@ -78,13 +79,13 @@ def shard_splits(shards: Sequence[str]) -> Splits:
 
 
 def find_shards(pattern: str) -> list[str]:
-    """The shards that a name, `train-{000..099}.tar` or `*.tar` stands for, here or at an address."""
+    """The shards that match a name, braces as in `train-{000..099}.tar`, or wildcards; local or remote."""
     if not pattern.endswith(".tar"):
         raise InputError(f"{pattern}: give the tar shards that are there, as in {pattern}/train-{{000..099}}.tar")
     names: list[str] = []
     for name in expand_braces(pattern):
         stars = any(sign in name for sign in "*?[")
-        names += [name] if not stars else match(name) if is_remote(name) else glob.glob(name)
+        names += [name] if not stars else glob_remote(name) if is_remote(name) else glob.glob(name)
     missing = [name for name in names if not is_remote(name) and not os.path.isfile(name)]
     if missing or not names:
         raise InputError(f"no such shard: {missing[0] if missing else pattern} ({len(names) - len(missing)} are there)")
@@ -92,7 +93,7 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """As a shell does it, each name once; a pair may lie inside another.
+    """All names that a pattern with braces stands for in a shell, each once; braces may be nested.
 
     >>> expand_braces("{train-{08..10},val-0}.tar")
     ['train-08.tar', 'val-0.tar', 'train-09.tar', 'train-10.tar']
@@ -108,7 +109,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 class Index(NamedTuple):
-    """Where the N images of a shard are, (N,) each, and what they are: names or decimal places in `classes`."""
+    """Where the N images of a shard lie, arrays (N,), and their labels: names, or decimal indices into `classes`."""
 
     keys: np.ndarray
     offsets: np.ndarray
@@ -117,15 +118,14 @@ class Index(NamedTuple):
     classes: np.ndarray
     shard_bytes: np.ndarray
 
-    def save(self, path: Path) -> None:
-        unfinished = path.with_suffix(f".{os.getpid()}.partial")
-        with unfinished.open("wb") as file:
+    def save(self, path: str | Path) -> None:
+        """Writes the file `path` at once."""
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, **self._asdict())
-        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Index | None:
-        """None where there is no such file, InputError where it is not a whole index."""
+        """The index in a file, None if there is no such file. InputError if it is damaged."""
         try:
             with open_file(str(path)) as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(**arrays)
@@ -161,18 +161,18 @@ def _open(shards: Sequence[str]) -> LabelledImages:
         class_names=tuple(os.fsdecode(c) if isinstance(c, bytes) else str(c) for c in classes.tolist()),
     )
     if len(found[0].classes) and len(shards) <= _WINDOW_SHARDS:
-        # Packed by us, keys begin with the places of the images in what was packed. Kept, a run is the same as there.
+        # Keys of our packs begin with the place of the image in the packed data set: a run on either is the same.
         return images.subset(np.argsort(keys, kind="stable").tolist())
     return images
 
 
 def index_file(shard: str) -> str:
-    """Beside a shard, what `normfree data pack` says of it: train-000000.npz of train-000000.tar."""
+    """The index that `normfree data pack` writes beside a shard: train-000000.npz of train-000000.tar."""
     return shard.removesuffix(".tar") + ".npz"
 
 
 def _index(shard: str) -> Index:
-    """From the file beside the shard, else as it was found before, else from the headers of the shard."""
+    """The index beside the shard, else the remembered one, else a new one from the headers of the shard."""
     stamp = shard
     if not is_remote(shard):
         stat = os.stat(shard)
@@ -181,26 +181,25 @@ def _index(shard: str) -> Index:
                 raise InputError(f"{index_file(shard)} is not the index of the shard beside it: delete it")
             return index
         stamp = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
-    remembered = data_folder() / "indexes" / f"{short_hash(f'{_SCAN} {stamp}')}.npz"
+    remembered = data_folder() / "indexes" / f"{short_hash(f'{_SCAN_VERSION} {stamp}')}.npz"
     index = None
-    with contextlib.suppress(InputError):  # damaged, or there is none at the address
+    with contextlib.suppress(InputError):  # damaged, or none at the address
         index = Index.load(remembered) or (Index.load(index_file(shard)) if is_remote(shard) else None)
     if index is None:
         index = scan(shard)
-        remembered.parent.mkdir(parents=True, exist_ok=True)
         index.save(remembered)
     return index
 
 
 def scan(shard: str, classes: Sequence[str] = ()) -> Index:
-    """Reads headers and labels of a shard.
+    """Reads the headers and labels of a shard.
 
-    The image of a key is KEY.jpg, or KEY.ANYTHING.jpg where there is no other. InputError if the shard is damaged, for
-    an image without a label, and where members contradict each other: two images of a key, two labels.
+    The image of a key is KEY.jpg, or else KEY.ANYTHING.jpg. Raises InputError if the shard is damaged, if an image has
+    no label, and if a key has two images or two different labels.
     """
     images: dict[str, tarfile.TarInfo] = {}
-    parts: dict[str, list[tarfile.TarInfo]] = {}
-    labels: dict[str, tuple[bytes, str]] = {}  # and which member says so
+    others: dict[str, list[tarfile.TarInfo]] = {}  # KEY.ANYTHING.jpg
+    labels: dict[str, tuple[bytes, str]] = {}  # label, name of the member
     suffixes = image_suffixes()
     try:
         with open_file(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -208,29 +207,30 @@ def scan(shard: str, classes: Sequence[str] = ()) -> Index:
                 folder, name = posixpath.split(member.name)
                 stem, _, suffix = name.lower().partition(".")
                 key = posixpath.join(folder, name[: len(stem)])
-                if member.isdir() or not stem:  # ._KEY.jpg is macOS's own
+                if member.isdir() or not stem:  # no stem: ._KEY.jpg of macOS
                     continue
                 if f".{suffix}" in suffixes:
                     if key in images:
                         raise _two_images(shard, key, images[key], member)
                     images[key] = member
                 elif posixpath.splitext(suffix)[1] in suffixes:
-                    parts.setdefault(key, []).append(member)
+                    others.setdefault(key, []).append(member)
                 elif suffix in ("cls", "json"):
                     content = tar.extractfile(member)
                     label = _label(content.read() if content else b"", suffix)
                     known, source = labels.get(key, (b"", ""))
-                    if known and label and known != label and known.isdigit() == label.isdigit():  # no number and name
+                    # one may be a number and the other its name
+                    if known and label and known != label and known.isdigit() == label.isdigit():
                         one, other = f"{source} says {os.fsdecode(known)}", f"{member.name} says {os.fsdecode(label)}"
                         raise InputError(f"{shard}: {one}, {other}: only one of them can be the label")
                     if label and (suffix == "cls" or not known):
                         labels[key] = label, member.name
             file.seek(tar.offset)
-            whole = file.read(512) == bytes(512)  # as after the last header; tarfile also stops at damaged ones
+            whole = file.read(512) == bytes(512)  # zeros follow the last member; tarfile also stops at a damaged header
             size = file.seek(0, os.SEEK_END)
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{shard} is damaged, or no uncompressed tar ({error}): copy or pack it again") from None
-    for key, members in parts.items():
+    for key, members in others.items():
         if len(members) > 1 and key not in images:
             raise _two_images(shard, key, *members[:2])
         images.setdefault(key, members[0])
@@ -252,7 +252,7 @@ def _two_images(shard: str, key: str, one: tarfile.TarInfo, other: tarfile.TarIn
 
 
 def _label(content: bytes, suffix: str) -> bytes:
-    """What KEY.cls says, or the label in KEY.json; empty where there is none."""
+    """The label in KEY.cls or KEY.json; empty if there is none."""
     if suffix == "cls":
         return content.strip()
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Data sets by what the user calls them: a folder, tar shards, tables, a name; their parts; image files to predict."""
+"""Opens data sets by what the user gives: a folder, tar shards, a table, a name. Finds image files to predict."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from normfree.data.tables import LIST_SUFFIXES, is_label_list, list_splits, tabl
 from normfree.errors import InputError, nearest
 
 _JUNK = {"__macosx", "@eadir", "lost+found", "__pycache__", "$recycle.bin", "system volume information"}
-_JUNK |= {"thumbs.db", "desktop.ini"}  # what systems leave behind, in small letters
+_JUNK |= {"thumbs.db", "desktop.ini"}  # files and folders of operating systems, in lower case
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
@@ -48,10 +48,9 @@ def open_dataset(
 ) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images of a data set; docs/data.md lists the kinds of `spec`.
 
-    A folder holds `train/CLASS/...` beside `validation` (or `val`, `valid`, `test`), or `CLASS/...` alone. Where there
-    are no validation images, about the share `validation_fraction` (0 to 1, exclusive) is held out: by `seed` and its
-    name alone an image belongs to one side, but of each class with two images or more, one is on either side. What is
-    unusual about the data stands in the `notes` of the training images. Raises `InputError`.
+    A folder holds `train/CLASS/...` beside `validation` (or `val`, `valid`, `test`), or `CLASS/...` alone. Without
+    validation images, about the share `validation_fraction` (0 to 1, exclusive) is held out by `hold_out`. The `notes`
+    of the training images say what is unusual about the data. Raises `InputError`.
     """
     splits = _splits(spec)
     if splits.train is None:
@@ -62,19 +61,18 @@ def open_dataset(
 
 
 def has_validation(spec: str) -> bool:
-    """Whether a data set comes with validation images of its own; `InputError` if there is no such data set."""
+    """Whether a data set has validation images of its own. `InputError` if there is no such data set."""
     return _splits(spec).validation is not None
 
 
 def open_evaluation(
     spec: str, class_names: Sequence[str], *, held_out: float | None = None, seed: int = 0
 ) -> LabelledImages:
-    """The images to evaluate weights on: the validation part of a data set, or all of one without parts.
+    """The images to evaluate weights on: the validation split of a data set, or all of an unsplit one.
 
-    Where there is no validation part, `held_out` and `seed` give just the images that `open_dataset` holds out for the
-    same `validation_fraction` and `seed`: those that a training on it did not see.
-    Targets are indices into `class_names`, the classes that the weights know; a class that is not among them
-    raises `InputError`, as does what cannot be read as a data set.
+    Without a validation split, `held_out` and `seed` select the images that `open_dataset` holds out for the same
+    `validation_fraction` and `seed`. Targets are indices into `class_names`, the classes of the weights. Raises
+    `InputError` for a class that is not among them and if `spec` cannot be read.
     """
     splits = _splits(spec)
     images, folder = evaluation_images(splits, spec, held_out, seed), splits.folder
@@ -82,10 +80,10 @@ def open_evaluation(
 
 
 def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Image files to predict, in order: files as they are given, folders walked in sorted order.
+    """(files, failed): image files to predict, in the order given, and folders walked in sorted order.
 
-    Among them are paths that cannot be used, such as a folder that may not be listed: the second value says why, by
-    path. Raises `InputError` where there are no others.
+    `files` includes paths that cannot be used, such as a folder without permission; `failed` maps each of them to the
+    reason. Raises `InputError` if all of them fail.
     """
     found: list[str] = []
     failed: dict[str, str] = {}
@@ -95,14 +93,14 @@ def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         try:
             if stat.S_ISDIR(os.stat(path).st_mode):
                 images, others = _walk(Path(path), errors.append)
-                failed |= {error.filename: _said(error) for error in errors}
+                failed |= {error.filename: _reason(error) for error in errors}
                 below = sorted([os.path.join(path, name) for name in images] + [error.filename for error in errors])
                 if not below:
                     below, failed[path] = [path], f"has no images; {_unread(others)}"
                 elif others:
                     print(f"warning: {path}: {_unread(others)}", file=sys.stderr)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-            failed[path] = _said(error)
+            failed[path] = _reason(error)
         found += below
     if all(path in failed for path in found):
         first = f"{found[0]}: {failed[found[0]]}" if found else "give images or folders of images"
@@ -112,9 +110,9 @@ def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def look_at(images: Samples, sample: int = 64) -> tuple[int, bool]:
-    """Median short side in pixels, and whether all are grey, of at most `sample` evenly spaced images.
+    """(median short side in pixels, whether all are grey) by the headers of at most `sample` evenly spaced images.
 
-    By their headers. Unreadable images are left out; raises `InputError` if not one can be read.
+    Unreadable images are skipped. Raises `InputError` if none can be read.
     """
     sides: list[int] = []
     grey = True
@@ -161,10 +159,10 @@ def _splits(spec: str) -> Splits:
 
 
 def _folder_splits(root: Path, query: str) -> Splits:
-    """Class folders, alone or in folders for training and validation; without them shards, tables, lists of labels."""
+    """The splits of class folders, with or without folders for the splits; else of shards, tables or label lists."""
     names = _subfolders(root)
     inside = {name: len(_subfolders(root / name)) for name in names if role_of(name)}
-    # "train" may be a class beside "bus" and "car": it is a part of the data if it has folders, or beside "test".
+    # "train" may be a class beside "bus" and "car". It is a split if it has folders, or if it lies beside "test".
     has_train = any(inside[name] for name in inside if role_of(name) == "train")
     split = has_train or len(inside) > 1 or len(inside) == len(names) == 1
     num_classes = max(inside.values()) if split else len(names)
@@ -195,7 +193,7 @@ def _is_junk(name: str) -> bool:
 
 
 def _subfolders(folder: Path, of_runs: bool = False) -> list[str]:
-    """Sorted names of the folders in `folder` that may be classes or parts; or of those with training runs."""
+    """Sorted names of the folders in `folder` that may be classes or splits; or of those that hold training runs."""
     found = sorted(entry for entry in folder.iterdir() if not _is_junk(entry.name) and entry.is_dir())
     return [entry.name for entry in found if _holds_runs(entry) == of_runs]
 
@@ -205,10 +203,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether `folder` is that of a training run, or has such folders and no images, or is called runs and is empty."""
+    """Whether `folder` is a training run, or has such folders and no images, or is empty and called runs."""
     if _is_run(folder):
         return True
-    found = folder.name == "runs"  # as a run that has failed at once leaves it
+    found = folder.name == "runs"  # a run that fails at once leaves it empty
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -235,9 +233,9 @@ def _lists(*folders: Path) -> list[str]:
     return [file for file in _files(folders, *LIST_SUFFIXES) if is_label_list(file)]
 
 
-def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> LabelledImages:
-    """The images of `root`/`part`/CLASS/..., classes sorted by name; classes may be empty, the whole may not."""
-    folder = root / part
+def _scan(root: Path, split: str, notes: Sequence[str] = ()) -> LabelledImages:
+    """The images of `root`/`split`/CLASS/..., classes sorted by name. InputError if there are none at all."""
+    folder = root / split
     class_names = _subfolders(folder)
     if not class_names:
         expected = f"expected {folder}/CLASS/IMAGE, or {root}/train/CLASS/IMAGE beside {root}/validation/CLASS/IMAGE"
@@ -246,7 +244,7 @@ def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> LabelledImages:
     paths: list[str] = []
     targets: list[int] = []
     others = Counter({"beside the class folders": sum(map(_is_image, os.listdir(folder)))})
-    inside: Counter[str] = Counter()  # in how many classes there is such a folder
+    inside: Counter[str] = Counter()  # number of classes that have a folder of this name
     for target, name in enumerate(class_names):
         found, rest = _walk(folder / name)
         prefix = (folder / name).relative_to(root).as_posix()
@@ -258,7 +256,7 @@ def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> LabelledImages:
     if not paths:
         raise InputError(f"{folder} has class folders but no images; {_unread(others)}{_suggest(folder)}")
     common = sorted(name for name, count in inside.items() if count > max(1, len(set(targets)) / 2))
-    if len(common) > 1:  # these could as well be the classes, or parts of the data
+    if len(common) > 1:  # these could as well be the classes, or splits
         raise InputError(
             f"most class folders of {folder} hold the folders {', '.join(common[:3])}: if those are the classes, give "
             f"{folder / class_names[0]}; if they are parts of the data, put them first, as in {folder}/train/CLASS; "
@@ -270,7 +268,7 @@ def _scan(root: Path, part: str, notes: Sequence[str] = ()) -> LabelledImages:
 
 
 def _check_trainable(images: LabelledImages, spec: str, folder: Path | None) -> None:
-    """InputError unless there are two classes or more that read differently, all with images."""
+    """InputError unless there are two or more classes, all with images, no two of the same `class_key`."""
     counts = Counter(images.targets)
     names: dict[str, str] = {}
     for target, name in enumerate(images.class_names):
@@ -287,11 +285,11 @@ def _check_trainable(images: LabelledImages, spec: str, folder: Path | None) -> 
 
 
 def _suggest(folder: Path) -> str:
-    """Which other folder looks like a data set, as the end of an error about `folder`; nothing where none does."""
+    """The end of an error about `folder`: which other folder looks like a data set, if one does."""
     if packed := [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith(_ARCHIVES)]:
         return f"; unpack {packed[0]}"
     places = [folder]
-    for place in places:  # grows: breadth first
+    for place in places:  # breadth first: `places` grows
         with contextlib.suppress(OSError):
             if place != folder and _looks_right(place):
                 return f"; did you mean {place}?"
@@ -303,7 +301,7 @@ def _suggest(folder: Path) -> str:
 
 
 def _looks_right(folder: Path) -> bool:
-    """Whether `folder`, or its folder train/, has shards, tables, lists of labels, or two folders with images."""
+    """Whether `folder`, or train/ in it, has shards, tables, label lists, or two folders with images."""
     places = [folder / name for name in _subfolders(folder)[:50]]
     if _files([folder], ".tar", ".parquet") or _lists(folder) or sum(map(_has_images, places)) > 1:
         return True
@@ -314,26 +312,26 @@ def _has_images(folder: Path) -> bool:
     return any(_is_image(entry.name) for entry in folder.glob("*"))
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return ((isinstance(error, OSError) and error.strerror) or str(error)).lower()
 
 
 def _refuse(error: OSError) -> None:
-    raise InputError(f"cannot read folder {error.filename}: {_said(error)}")
+    raise InputError(f"cannot read folder {error.filename}: {_reason(error)}")
 
 
 def _walk(folder: Path, onerror: Callable[[OSError], None] = _refuse) -> tuple[list[str], Counter[str]]:
-    """Sorted paths below `folder` of the images in it, and how many other files there are, by suffix.
+    """Sorted paths of the images below `folder`, relative to it, and the number of other files by suffix.
 
-    Hidden files and folders are skipped, as are those of systems and of training runs. Links are followed, but into no
-    folder twice nor into one that holds this one; a link to a folder that is gone counts as an image, to be reported.
+    Hidden files, files of operating systems and training runs are skipped. Links are followed, but no folder is entered
+    twice. A broken link without a suffix counts as an image, so that it is reported.
     """
     known, real = image_suffixes(), folder.resolve()
     entered = {real, *real.parents}
     images: list[str] = []
     others: Counter[str] = Counter()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
-        folders.sort()  # which of two links to one folder is taken must not hang on the file system
+        folders.sort()  # which of two links to a folder is followed must not depend on the file system
         for name in list(folders):
             target = Path(parent, name).resolve()
             if _is_junk(name) or target in entered or _is_run(target):
@@ -352,7 +350,7 @@ def _walk(folder: Path, onerror: Callable[[OSError], None] = _refuse) -> tuple[l
 
 
 def _unread(others: Counter[str]) -> str:
-    """What is in a folder besides images, and what would have counted as such."""
+    """Which files of a folder are not images, and which suffixes images have."""
     if not others:
         return "it is empty; put images there or remove it"
     counts = sorted(others.items(), key=lambda item: (-item[1], item[0]))

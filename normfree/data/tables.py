@@ -1,5 +1,5 @@
-"""Images in tables: Parquet files and data sets of the Hugging Face Hub, by the optional library `datasets`; CSV files
-that list image files and their labels."""
+"""Images in tables: Parquet files and data sets of the Hugging Face Hub (by the optional library `datasets`), CSV files
+that list image files and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from normfree.errors import InputError
 LIST_SUFFIXES = (".csv", ".tsv")
 
 _OPTIONS = ("image", "label", "config")
-_NAMES = {  # that columns go by, the usual ones first
+_NAMES = {  # usual names of columns, by priority
     "image": ("image", "path", "file", "filename", "filepath", "image_path", "image_name", "image_id", "img"),
     "label": ("label", "labels", "class", "cls", "target", "category", "label_name", "class_name"),
     "split": ("split", "set", "subset", "partition"),
@@ -35,11 +35,11 @@ _IMAGE_TYPES = {"struct", "binary", "large_binary", "binary_view", "fixed_size_b
 
 @dataclass(kw_only=True, eq=False)
 class TableImages(Samples):
-    """Image i is in row `rows[i]` of `table`, a `datasets.Dataset` whose only column has bytes or a path."""
+    """Image i is in row `rows[i]` of `table`, a `datasets.Dataset` whose only column holds bytes or paths."""
 
     table: Any
     column: str
-    part: str
+    split: str
     rows: np.ndarray
 
     def __len__(self) -> int:
@@ -52,16 +52,16 @@ class TableImages(Samples):
         raise UnreadableImage(self.name(index), "there is no image in its row")
 
     def name(self, index: int) -> str:
-        return f"{self.part}/{self.rows[index]:07d}"
+        return f"{self.split}/{self.rows[index]:07d}"
 
     def subset(self, indices: Sequence[int]) -> Self:
         return replace(self, rows=self.rows[list(indices)])
 
 
 def table_splits(where: str | Sequence[str], query: str = "") -> Splits:
-    """The parts of `hf://datasets/OWNER/NAME`, or of Parquet files (a pattern, or their names).
+    """The splits of `hf://datasets/OWNER/NAME`, or of Parquet files (a pattern or a list).
 
-    `query` is `image=COLUMN&label=COLUMN&config=NAME`, as far as it is needed. InputError for all that can go wrong.
+    `query` may be `image=COLUMN&label=COLUMN&config=NAME`. Raises InputError.
     """
     options = _options(query)
     try:
@@ -80,14 +80,14 @@ def table_splits(where: str | Sequence[str], query: str = "") -> Splits:
         files = sorted(glob.glob(os.path.expanduser(where))) if isinstance(where, str) else where
         if not files:
             raise InputError(f"no such file: {where}")
-        by_part = split_files(files)
+        by_split = split_files(files)
         with plain_errors(files[0]):
-            from pyarrow.parquet import read_metadata  # `datasets` has no parts without rows
+            from pyarrow.parquet import read_metadata  # `datasets` drops splits without rows
 
-            for part, names in by_part.items():
+            for split, names in by_split.items():
                 if not sum(read_metadata(name).num_rows for name in names):
-                    raise InputError(f"{names[0]} has no rows, and so no {part} images; add some, or take it away")
-            loaded = load_dataset("parquet", data_files=by_part)
+                    raise InputError(f"{names[0]} has no rows, and so no {split} images; add some, or take it away")
+            loaded = load_dataset("parquet", data_files=by_split)
     splits = {str(split): table for split, table in loaded.items()}
     return named_splits(splits, lambda split: _images(splits[split], split, options))
 
@@ -100,10 +100,10 @@ def _options(query: str) -> dict[str, str]:
 
 
 def list_splits(files: Sequence[str], query: str = "") -> Splits:
-    """The parts of a data set whose images are listed in CSV files: their paths and labels, under a header.
+    """The splits of a data set whose image paths and labels are listed in CSV files with a header.
 
-    A column `split`, or the names of the files, may say which part they are. Paths start at the folder of their list,
-    or at one in it that is called as the list, or "images". `query` is `image=COLUMN&label=COLUMN`, where it is needed.
+    Splits come from a column `split` or from the names of the files. Paths are relative to the folder of the list, or
+    to a folder in it called like the list, or "images". `query` may be `image=COLUMN&label=COLUMN`. Raises InputError.
     """
     options = _options(query)
     root = os.path.commonpath([os.path.dirname(file) or "." for file in files])
@@ -117,7 +117,7 @@ def list_splits(files: Sequence[str], query: str = "") -> Splits:
 
 
 def is_label_list(file: str) -> bool:
-    """Whether the header of a CSV file has a column for images and one for labels."""
+    """Whether the header of a CSV file has a column of images and one of labels."""
     with contextlib.suppress(InputError):
         header = next(_rows(file), [])
         return None not in (_named(what, header, {}) for what in ("image", "label"))
@@ -125,7 +125,7 @@ def is_label_list(file: str) -> bool:
 
 
 def _rows(file: str) -> Iterator[list[str]]:
-    """The rows of a CSV file, first its header; commas, semicolons or tabs are between the columns."""
+    """The rows of a CSV file, header included; separated by commas, semicolons or tabs."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             delimiter = max(",;\t", key=lines.readline().count)
@@ -137,7 +137,7 @@ def _rows(file: str) -> Iterator[list[str]]:
 
 
 def _named(what: str, names: Sequence[str], options: dict[str, str]) -> str | None:
-    """Of columns the one that the user names, else the first of the usual names."""
+    """The column that the user chose, else the first one with a usual name; None if there is none."""
     if what in options:
         return options[what] if options[what] in names else None
     plain = {name.strip().lower().replace("file_", "file"): name for name in reversed(names)}
@@ -145,9 +145,9 @@ def _named(what: str, names: Sequence[str], options: dict[str, str]) -> str | No
 
 
 def _read_list(file: str, group: str, options: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(part, path, label) of each row of a list; the part is `group` where no column says it.
+    """(split, path, label) of each row of a list; without a column of splits, the split is `group`.
 
-    InputError where columns, labels or files are missing.
+    Raises InputError if columns, labels or files are missing.
     """
     header, *rows = list(_rows(file)) or [[]]
     columns = {what: _named(what, header, options) for what in _NAMES}
@@ -175,7 +175,7 @@ def _read_list(file: str, group: str, options: dict[str, str]) -> Iterator[tuple
 
 
 def _place(file: str, path: str) -> tuple[str, str]:
-    """The folder at which the paths of a list start, and what they lack at the end, by the first `path`."""
+    """(folder, suffix) that complete the paths of a list, found with the first `path`."""
     folder = os.path.dirname(file)
     folders = (folder, os.path.splitext(file)[0], os.path.join(folder, "images"))
     tried = itertools.product(folders, ("", ".jpg", ".jpeg", ".png"))
@@ -183,7 +183,7 @@ def _place(file: str, path: str) -> tuple[str, str]:
 
 
 def _listed(rows: Sequence[tuple[str, str]], root: str) -> LabelledImages:
-    """The images of these (path, label), each once, whatever the order of the rows."""
+    """The images of rows (path, label), each once, sorted by path."""
     labels: dict[str, str] = {}
     for path, label in rows:
         path = os.path.relpath(path, root).replace(os.sep, "/")
@@ -197,25 +197,25 @@ def _listed(rows: Sequence[tuple[str, str]], root: str) -> LabelledImages:
     return LabelledImages(samples=FolderImages(root=root, paths=paths), targets=targets, class_names=tuple(names))
 
 
-def _images(table: Any, part: str, options: dict[str, str]) -> LabelledImages:
+def _images(table: Any, split: str, options: dict[str, str]) -> LabelledImages:
     from datasets import ClassLabel, Image, Value
 
     image = _choose("image", table, options, {"Image"}, _IMAGE_TYPES)
     label = _choose("label", table, options, {"ClassLabel"}, _LABEL_TYPES)
     if not len(table):
-        raise InputError(f"part {part!r} has no rows, and so no images")
+        raise InputError(f"part {split!r} has no rows, and so no images")
     written = table[label][:]
     named = isinstance(table.features[label], ClassLabel)
     if None in written or (named and min(written) < 0):
-        raise InputError(f"images of {part} have no label in column {label!r}: use a part, or a column, that has them")
+        raise InputError(f"images of {split} have no label in column {label!r}: use a part, or a column, that has them")
     names = sorted(set(written))
     place = {name: target for target, name in enumerate(names)}
-    if isinstance(table.features[image], Value):  # not every kind of bytes can become images by itself
+    if isinstance(table.features[image], Value):  # `datasets` cannot cast every bytes type to images
         table = table.cast_column(image, Value("large_binary"))
     samples = TableImages(
         table=table.select_columns([image]).cast_column(image, Image(decode=False)),
         column=image,
-        part=part,
+        split=split,
         rows=np.arange(len(table)),
     )
     return LabelledImages(
@@ -226,8 +226,7 @@ def _images(table: Any, part: str, options: dict[str, str]) -> LabelledImages:
 
 
 def _choose(what: str, table: Any, options: dict[str, str], sure: set[str], possible: set[str]) -> str:
-    """The column that the user names; else, of those of a type that is `sure`, or else `possible`, the only one or the
-    one that is called as it should be."""
+    """The column that the user chose; else the only one of a type in `sure`, or else in `possible`; else by name."""
     types = {name: _type(feature) for name, feature in table.features.items()}
     found = [] if what in options else [name for name, kind in types.items() if kind in sure]
     found = found or [name for name, kind in types.items() if kind in sure | possible]
@@ -239,7 +238,7 @@ def _choose(what: str, table: Any, options: dict[str, str], sure: set[str], poss
 
 
 def _type(feature: Any) -> str:
-    """The name of a column's type: of `datasets`' class, or of Arrow's type where that is all it is."""
+    """The type of a column: a class of `datasets`, or the Arrow type of a plain value."""
     if isinstance(feature, dict):
         return "struct" if "bytes" in feature else "other"
     return feature.dtype.partition("[")[0] if type(feature).__name__ == "Value" else type(feature).__name__

@@ -1,4 +1,4 @@
-"""From one decoded image to one tensor of fixed size: training crops and the evaluation crops of the paper's code."""
+"""Crops: one decoded image to one tensor of fixed size, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from normfree.config import CropStyle
 from normfree.errors import InputError
 from normfree.native import library
 
-_CROP_PADDING_PX = 32  # of both of the authors' evaluation crops
+_CROP_PADDING_PX = 32  # in both evaluation crops of the authors
 _MIN_OBJECT_COVERED = 0.1
 _KEYS_TABLE_SIZE = 1024
-_KERNEL_IS_PILLOWS = PIL.__version__.startswith("13.")  # others order the passes in another way, or may do so
-_BUFFERS, _CHILDREN = 5, 6  # which words of Arrow's struct ArrowArray
+_KERNEL_IS_PILLOWS = PIL.__version__.startswith("13.")  # other versions order the passes differently, or may
+_BUFFERS, _CHILDREN = 5, 6  # words of Arrow's struct ArrowArray
 _POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -32,10 +32,10 @@ Taps = tuple[np.ndarray, np.ndarray]
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers for one image in one epoch: the same on any worker, machine and resumed run.
+    """A random generator for one image in one epoch: the same on any worker, machine and resumed run.
 
-    A counter-based generator, so that the sequences of two keys never overlap. Each argument is in 0..2^64 - 1.
-    `stream` separates purposes that share a key: 0 is augmentation, the loader takes 1 and 2.
+    It is counter-based, so the sequences of two keys never overlap. Each argument is in 0..2^64 - 1. `stream` separates
+    purposes with the same key: 0 is augmentation, 1 and 2 belong to the loader.
     """
     key = np.array([seed, epoch], dtype=np.uint64)
     counter = np.array([0, 0, index, stream], dtype=np.uint64)
@@ -46,13 +46,13 @@ def sample_rng(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.
 class TrainTransform:
     """Random crop of `px` x `px`, then a horizontal flip with probability 1/2 (`flip`).
 
-    - `pil`: the crop's share of the area is uniform in [`min_area`, 1], the logarithm of its width / height uniform
-      between those of 1 / `max_ratio` and `max_ratio`, its place uniform (Szegedy et al. 2015, as torchvision does
-      it). Pillow's bicubic, with antialiasing; uint8.
-    - `paper`: crops as the released code draws them (`crop_box`), TensorFlow's bicubic without antialiasing; float32,
-      0..255 with overshoot, as it is not clamped.
-    - `shift`: the middle of the picture, as it is evaluated, moved by up to a sixteenth of the side each way (2 of 32
-      pixels) and reflected at the edges, for small images; uint8. `min_area` and `max_ratio` are void.
+    - `pil`: the area is uniform in [`min_area`, 1] of the image's, the logarithm of width / height uniform between
+      those of 1 / `max_ratio` and `max_ratio`, the place uniform (Szegedy et al. 2015, as in torchvision). Resized by
+      Pillow's bicubic filter with antialiasing; uint8.
+    - `paper`: crops of the released code (`crop_box`), resized by TensorFlow's bicubic filter without antialiasing;
+      float32, 0..255 with overshoot, not clamped.
+    - `shift`: for small images. The center crop of evaluation, shifted by up to a sixteenth of the side each way (2 of
+      32 pixels) and reflected at the edges; uint8. `min_area` and `max_ratio` are ignored.
     """
 
     px: int
@@ -69,13 +69,13 @@ class TrainTransform:
 
     @property
     def min_px(self) -> int | None:
-        """For `read_image`: the short side at which even the smallest crop has `px` pixels of its own; `paper`: all."""
+        """For `read_image`: the short side at which the smallest crop still has `px` pixels; None (all) for `paper`."""
         if self.style == "shift":
             return self._middle.min_px
         return math.ceil(self.px * math.sqrt(self.max_ratio / self.min_area)) if self.style == "pil" else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """(C, px, px) of an L or RGB image of any size: float32 for `paper`, else uint8."""
+        """(C, px, px) from an L or RGB image of any size: float32 for `paper`, else uint8."""
         if self.style == "shift":
             return self._shifted(image, rng)
         box = self.crop_box(image.width, image.height, rng)
@@ -95,23 +95,23 @@ class TrainTransform:
         rows, columns = last - np.abs(last - np.abs(places))  # -1 is 1, px is px - 2
         if self.flip and rng.random() < 0.5:
             columns = columns[::-1]
-        whole = image.size == (self.px, self.px)  # nothing to resize, the common case
+        whole = image.size == (self.px, self.px)  # the common case: nothing to resize
         pixels = np.atleast_3d(np.asarray(image)) if whole else self._middle(image).permute(1, 2, 0).numpy()
         return to_tensor(pixels.take(rows, axis=0).take(columns, axis=1))
 
     def crop_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
-        """Left, upper, right, lower in whole pixels.
+        """(left, upper, right, lower) in whole pixels of a `pil` or `paper` crop.
 
-        After ten crops that do not fit, `pil` takes the largest central one, `paper` the evaluation crop
-        `crop_resize`, which it also takes in place of a crop that is the whole picture.
+        After ten draws that do not fit, `pil` takes the largest central crop and `paper` the evaluation crop
+        `crop_resize`. `paper` also takes the latter instead of the whole image.
         """
         return self._pil_box(width, height, rng) if self.style == "pil" else self._paper_box(width, height, rng)
 
     def _paper_box(self, width: int, height: int, rng: np.random.Generator) -> Box:
-        """TensorFlow's sample_distorted_bounding_box: width / height uniform, then the height among those allowed.
+        """TensorFlow's sample_distorted_bounding_box: width / height is uniform, then the height among those allowed.
 
-        So small areas are likelier than large ones. A tenth of the area is the least, whatever `min_area`, since that
-        much of the "object", the whole picture, must be covered; and the last row and column are never reached.
+        Small areas are therefore likelier than large ones. The area is at least a tenth, whatever `min_area`: that much
+        of the "object", here the whole image, must be covered. The last row and column are never reached.
         """
         area = width * height
         for _ in range(10):
@@ -144,14 +144,14 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """One of three deterministic crops of `px` x `px`.
+    """A deterministic center crop of `px` x `px`, of one of three kinds.
 
-    - `center`: the short side resized to `px / crop_fraction` with antialiasing, then the middle; uint8.
-    - `resize_crop`: the whole picture squeezed to a square of `px` + 32, then the middle: the NFNets' evaluation.
-    - `crop_resize`: a square of px / (px + 32) of the short side from the middle, resized: the NF-ResNets'.
+    - `center`: the short side is resized to `px / crop_fraction` with antialiasing, then cropped; uint8.
+    - `resize_crop` (NFNets): the image is resized to a square of `px` + 32, then cropped.
+    - `crop_resize` (NF-ResNets): a square of px / (px + 32) of the short side is cropped, then resized.
 
-    The last two are the authors' (imagenet_dataset.py of their release) to the last bits of float32: TensorFlow's
-    bicubic, which has no antialiasing; float32, 0..255 with overshoot, as it is not clamped.
+    The last two equal the authors' (imagenet_dataset.py of their release) to the last bits of float32: TensorFlow's
+    bicubic filter without antialiasing; float32, 0..255 with overshoot, not clamped.
     """
 
     px: int
@@ -166,17 +166,17 @@ class EvalTransform:
 
     @property
     def min_px(self) -> int | None:
-        """For `read_image`: twice what `center` resizes to, so that antialiasing keeps its work; else None, all."""
+        """For `read_image`: twice the short side that `center` resizes to, for antialiasing; else None (all)."""
         return 2 * round(self.px / self.crop_fraction) if self.crop == "center" else None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(C, px, px) of an L or RGB image of any size: uint8 for `center`, else float32."""
+        """(C, px, px) from an L or RGB image of any size: uint8 for `center`, else float32."""
         if self.crop == "center":
             return resample(image, self._center_box(image), self.px)
         return to_tensor(self._resize_crop(image) if self.crop == "resize_crop" else self._crop_resize(image))
 
     def _center_box(self, image: Image.Image) -> tuple[float, float, float, float]:
-        """What to resize, to resize and crop in one step: a picture of 10,000 x 1 pixels must not grow on the way."""
+        """The box to resize, so that resizing and cropping is one step: an image of 10,000 x 1 pixels must not grow."""
         short = round(self.px / self.crop_fraction)
         box: list[float] = []
         for side in image.size:
@@ -197,7 +197,7 @@ class EvalTransform:
 
 
 def resample(image: Image.Image, box: tuple[float, float, float, float], px: int, mirrored: bool = False) -> Tensor:
-    """(C, px, px) uint8: the box of an L or RGB image by Pillow's bicubic, by a kernel of ours or by Pillow itself."""
+    """(C, px, px) uint8: a box of an L or RGB image, resized by Pillow's bicubic filter (by our kernel if it can)."""
     native = library() if _KERNEL_IS_PILLOWS and image.mode in ("L", "RGB") else None
     pixels = _contiguous_pixels(image) if native else None
     if native is None or pixels is None:
@@ -211,7 +211,7 @@ def resample(image: Image.Image, box: tuple[float, float, float, float], px: int
 
 
 def _contiguous_pixels(image: Image.Image) -> int | None:
-    """Where they are, L or RGB with a fourth byte, by Arrow's C data interface; None for large images, in pieces."""
+    """Their address, L or RGB with a fourth byte, by Arrow's C data interface; None if they are in several blocks."""
     try:
         _, capsule = image.__arrow_c_array__()
     except ValueError:
@@ -227,9 +227,11 @@ def _words(address: int) -> ctypes.Array[ctypes.c_int64]:
 
 
 def _padded_center(width: int, height: int, px: int) -> Box:
-    """The middle square that leaves a margin of 32 pixels in all if it has `px`."""
+    """The central square that leaves margins of 16 pixels at the scale at which it has `px`."""
     share = np.float32(px / (px + _CROP_PADDING_PX))
-    side = max(1, int(share * np.float32(min(width, height))))  # theirs has no max: it fails on a picture of one pixel
+    side = max(
+        1, int(share * np.float32(min(width, height)))
+    )  # the authors' code has no max and fails for an image of one pixel
     left, upper = (width - side + 1) // 2, (height - side + 1) // 2
     return left, upper, left + side, upper + side
 
@@ -240,11 +242,10 @@ def _resize_box(image: Image.Image, box: Box, px: int) -> np.ndarray:
 
 
 def _keys_taps(in_px: int, out_px: int, part: slice) -> Taps:
-    """Source indexes and weights, both (outputs, 4), of TensorFlow's bicubic for the outputs in `part`.
+    """Source indexes and weights, both (outputs, 4), of TensorFlow's bicubic filter for the outputs in `part`.
 
-    resize_bicubic_op.cc: Keys' kernel with a = -0.5 at half-pixel centres, read from a table of 1,024 steps (which
-    moves a photograph by up to 0.07 grey levels); taps beyond the edge count for nothing, the others are scaled to sum
-    to 1.
+    As in resize_bicubic_op.cc: Keys' kernel with a = -0.5 at half-pixel centres, from a table of 1,024 steps (which
+    changes a photograph by up to 0.07 grey levels). Taps beyond the edge are dropped and the others scaled to sum to 1.
     """
     scale = np.float32(in_px) / np.float32(out_px)
     centre = (np.arange(out_px, dtype=np.float32)[part] + np.float32(0.5)) * scale - np.float32(0.5)
@@ -261,13 +262,13 @@ def _keys_taps(in_px: int, out_px: int, part: slice) -> Taps:
 
 
 def _resize(image: Image.Image, rows: Taps, columns: Taps) -> np.ndarray:
-    """(height, width, C) float32 from the taps of each output row and column."""
+    """(height, width, C) float32, from the taps of each output row and column."""
     tall = _interpolate(np.atleast_3d(np.asarray(image)), rows)
     return _interpolate(tall.swapaxes(0, 1), columns).swapaxes(0, 1)
 
 
 def _interpolate(pixels: np.ndarray, taps: Taps) -> np.ndarray:
-    """Along the first axis of three, float32."""
+    """Interpolates along the first axis of three, in float32."""
     indexes, weights = taps
     result = weights[:, 0, None, None] * pixels[indexes[:, 0]]
     for k in range(1, 4):
@@ -276,19 +277,19 @@ def _interpolate(pixels: np.ndarray, taps: Taps) -> np.ndarray:
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W) or (H, W, C) to a contiguous (C, H, W) that owns its memory."""
+    """A contiguous copy (C, H, W) of pixels (H, W) or (H, W, C)."""
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - 255 mean) / (255 std) of images (N, C, H, W) in 0..255, uint8 or float, as float32 on the same device.
+    """(x - 255 mean) / (255 std) as float32, for images (N, C, H, W) in 0..255, uint8 or float, on any device.
 
-    `mean` and `std` have C numbers in units of the full range.
+    `mean` and `std` have C numbers, as shares of the full range.
     """
     shift, scale = _on_device(mean, images.device), _on_device(std, images.device)
     return (images.float() - shift).div_(scale)
 
 
 def _on_device(shares: Sequence[float], device: torch.device) -> Tensor:
-    """255 times each, (C, 1, 1), filled in there: for a copy from the host a GPU would have to be waited for."""
+    """255 times each, (C, 1, 1). Filled on the device: a copy from the host would synchronize with a GPU."""
     return torch.stack([torch.full((1, 1), 255 * share, dtype=torch.float32, device=device) for share in shares])
