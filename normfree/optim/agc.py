@@ -31,17 +31,14 @@ from normfree.optim.groups import (
     default_settings,
     fill_missing,
 )
-from normfree.optim.shards import by_process_groups, first_local_row, is_sharded, local, shard_groups
+from normfree.optim.shards import by_groups, first_local_row, is_sharded, local, shard_groups
 from normfree.optim.sweep import Item, sweep
 
 MIN_GRADIENT_NORM = 1e-6  # in the divisor only, as in the released code
 
 
 def is_vector(parameter: Tensor) -> bool:
-    """Whether AGC treats all of `parameter` as one unit: at most one dimension is longer than 1.
-
-    This includes gains of shape (C, 1, 1, 1), which some libraries store; the released code squeezes, too.
-    """
+    """Whether `parameter` is one unit, as the released code's squeeze implies: (), (C,), (C, 1, 1, 1), (1, C) ..."""
     return sum(size > 1 for size in parameter.shape) <= 1
 
 
@@ -109,7 +106,7 @@ class LocalParam:
     whole: bool  # all of it is one unit; otherwise each index of dimension 0 is one
     clipping: float | None
     eps: float
-    row_groups: Tensor | None = None  # for transposed convolutions (in, out / groups, ...): the group of each row
+    row_group: Tensor | None = None  # for transposed convolutions (in, out / groups, ...): the group of each row
     reduce_groups: tuple[Any, ...] = ()  # process groups whose ranks hold parts of the same units
     gather_groups: tuple[Any, ...] = ()  # process groups whose ranks hold different units
 
@@ -118,25 +115,25 @@ class LocalParam:
         dtype = at_least_float32(t.dtype)
         if self.whole:
             return torch.linalg.vector_norm(t, dtype=dtype).view(1)
-        if self.row_groups is None:
+        if self.row_group is None:
             return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=dtype)
         squares = torch.linalg.vector_norm(t.flatten(2), dim=2, dtype=dtype).square()
         sums = squares.new_zeros(self.num_local // t.shape[1], t.shape[1])
-        return sums.index_add_(0, self.row_groups, squares).sqrt().view(-1)
+        return sums.index_add_(0, self.row_group, squares).sqrt().view(-1)
 
     def expand(self, factors: Tensor) -> Tensor:
         """Factors of the units, (num_local,), in a shape that broadcasts against the gradient."""
         ndim = self.grad.ndim
         if self.whole:
             return factors.view(())
-        if self.row_groups is None:
+        if self.row_group is None:
             return factors.view(-1, *[1] * (ndim - 1))
-        rows = factors.view(-1, self.grad.shape[1])[self.row_groups]
+        rows = factors.view(-1, self.grad.shape[1])[self.row_group]
         return rows.view(*rows.shape, *[1] * (ndim - 2))
 
     def sweep_item(self, **update: Any) -> Item | None:
         """The arguments of the native sweep, with an optimizer update; None if it does not support this parameter."""
-        if library() is None or (self.clipping is not None and (self.reduce_groups or self.row_groups is not None)):
+        if library() is None or (self.clipping is not None and (self.reduce_groups or self.row_group is not None)):
             return None
         item = Item(self.weight, self.grad, self.whole, self.clipping, self.eps, **update)
         return item if item.fits else None
@@ -158,12 +155,12 @@ def local_param(
         raise InputError("FSDP1's flat parameters hide the units: use FSDP2, torch.distributed.fsdp.fully_shard")
     whole = units == "tensor" or is_vector(p)
     num_units = 1 if whole else transposed * p.shape[1] if transposed else p.shape[0]
-    weight, first_row, row_groups, reduce_groups, gather_groups = p, 0, None, (), ()
+    weight, first_row, row_group, reduce, gather = p, 0, None, (), ()
     if is_sharded(p):
         weight, grad, first_row = local(p), local(grad), first_local_row(p)
         unit_dim = None if whole else 1 if transposed else 0
-        reduce_groups = tuple(group for group, dim in shard_groups(p) if dim != unit_dim)
-        gather_groups = tuple(group for group, dim in shard_groups(p) if dim == unit_dim)
+        reduce = tuple(group for group, dim in shard_groups(p) if dim != unit_dim)
+        gather = tuple(group for group, dim in shard_groups(p) if dim == unit_dim)
     elif p.layout != torch.strided or grad.layout not in (torch.strided, torch.sparse_coo):
         raise InputError(f"a parameter of layout {p.layout} with a gradient of layout {grad.layout}: keep it dense")
     elif grad.is_sparse and (dense or grad.sparse_dim() > 1):
@@ -173,14 +170,11 @@ def local_param(
         weight, grad = p if whole else p.index_select(0, grad.indices()[0]), grad.values()
     num_local = num_units if whole or transposed else len(weight)
     if transposed and not whole:
-        if p.shape[0] % transposed or gather_groups:
+        if p.shape[0] % transposed or gather:
             allowed = "a multiple of that in dimension 0, the only one that may be sharded"
             raise InputError(f"a transposed convolution of {transposed} groups and shape {tuple(p.shape)}: {allowed}")
-        rows = torch.arange(first_row, first_row + len(weight), device=p.device)
-        row_groups = rows // (p.shape[0] // transposed)
-    return LocalParam(
-        p, weight, grad, num_units, num_local, whole, clipping, eps, row_groups, reduce_groups, gather_groups
-    )
+        row_group = torch.arange(first_row, first_row + len(weight), device=p.device) // (p.shape[0] // transposed)
+    return LocalParam(p, weight, grad, num_units, num_local, whole, clipping, eps, row_group, reduce, gather)
 
 
 # --- the rule, for many tensors at once ---
@@ -198,8 +192,7 @@ def _norms(params: Sequence[LocalParam], tensors: Sequence[Tensor]) -> list[Tens
 
 def _reduce_norms(params: Sequence[LocalParam], norms: list[Tensor]) -> None:
     """Turns norms of parts of units into norms of units, with one all-reduce for each set of process groups."""
-    split = by_process_groups((p.reduce_groups, i) for i, p in enumerate(params) if p.reduce_groups)
-    for groups, indices in split.items():
+    for groups, indices in by_groups((p.reduce_groups, i) for i, p in enumerate(params) if p.reduce_groups).items():
         squares = torch.cat([norms[i] for i in indices]).square_()
         for group in groups:
             dist.all_reduce(squares, group=group)
@@ -209,8 +202,7 @@ def _reduce_norms(params: Sequence[LocalParam], norms: list[Tensor]) -> None:
 
 def _gather_stats(params: Sequence[LocalParam], stats: Tensor) -> None:
     """Combines counts (row 0) and largest ratios (row 1) of parameters whose units lie on several ranks, in place."""
-    spread = by_process_groups((p.gather_groups, i) for i, p in enumerate(params) if p.gather_groups)
-    for groups, indices in spread.items():
+    for groups, indices in by_groups((p.gather_groups, i) for i, p in enumerate(params) if p.gather_groups).items():
         for group in groups:
             mine = stats[:, indices].contiguous()
             gathered = mine.new_empty(2 * dist.get_world_size(group), len(indices))
@@ -342,9 +334,6 @@ class AGC:
     without these keys leaves them unchanged. With a closure, the gradients that it computes are clipped. Any optimizer
     may be used with a GradScaler; for those that unscale gradients themselves, the limit is scaled instead. Copy or
     pickle the `AGC`, which holds the optimizer: a copy of a torch optimizer alone loses its hooks.
-
-    Attributes:
-        stats: `AGCStats` of the last step.
 
     Raises:
         InputError: λ, ε or units out of range, or given although all groups set others; a misspelt key in a group; an

@@ -125,8 +125,8 @@ def param_groups(
     - all other weights: clipped and decayed. Transposed convolutions, whose output channels are not dimension 0, have
       groups of their own with the key `transposed`.
 
-    Every trainable parameter is in exactly one group; there are no empty groups. A group sets only what follows from
-    its role, `clipping: None` or `weight_decay: 0.0`; the optimizer's arguments set the rest.
+    Every trainable parameter is in exactly one group, and no group is empty. A group sets only what its role implies,
+    `clipping: None` or `weight_decay: 0.0`; the optimizer's arguments set the rest.
 
     Args:
         weight_decay: at least 0, for decayed weights; "optimizer" leaves it to the optimizer's argument.

@@ -13,7 +13,7 @@ from torch import Tensor
 from normfree._compat import stored_values
 from normfree.errors import InputError
 from normfree.optim.agc import at_least_float32
-from normfree.optim.shards import by_process_groups, local, shard_groups
+from normfree.optim.shards import by_groups, local, shard_groups
 
 
 def ascent_size(batch_size: int, fraction: float = 0.2) -> int:
@@ -23,23 +23,19 @@ def ascent_size(batch_size: int, fraction: float = 0.2) -> int:
     return max(1, math.ceil(fraction * batch_size))
 
 
-def local_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Euclidean norm of this rank's part of each tensor; scalars on the first one's device, in float64 on a CPU."""
+def norms_of(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Euclidean norm of all tensors together, over all shards, and of this rank's part of each; float64 on a CPU."""
     exact = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
     norms = [torch.linalg.vector_norm(local(t), dtype=torch.promote_types(t.dtype, exact)) for t in tensors]
-    return [norm.to(norms[0].device) for norm in norms]
-
-
-def global_norm(tensors: list[Tensor], norms: list[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors together, over all shards, from their `local_norms`; a scalar."""
+    norms = [norm.to(norms[0].device) for norm in norms]
     total = torch.zeros((), device=norms[0].device)
     pairs = zip((tuple(group for group, _ in shard_groups(t)) for t in tensors), norms, strict=True)
-    for groups, parts in by_process_groups(pairs).items():
+    for groups, parts in by_groups(pairs).items():
         square = torch.stack(parts).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
-    return total.sqrt()
+    return total.sqrt(), norms
 
 
 class SAM:
@@ -91,8 +87,7 @@ class SAM:
         if not params:
             raise InputError("ascend() needs gradients: call backward() first")
         grads = [cast(Tensor, p.grad).to_dense() if p.grad.is_sparse else p.grad for p in params]
-        norms = local_norms(grads)
-        norm = global_norm(grads, norms)
+        norm, norms = norms_of(grads)
         moves = norm.isfinite() & (norm > 0)
         factor = self.rho / norm
         for p, grad, local_norm in zip(params, grads, norms, strict=True):

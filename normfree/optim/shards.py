@@ -47,7 +47,7 @@ def first_local_row(p: Any) -> int:
     return first_row(p)
 
 
-def by_process_groups(pairs: Iterable[tuple[tuple[Any, ...], T]]) -> dict[tuple[Any, ...], list[T]]:
+def by_groups(pairs: Iterable[tuple[tuple[Any, ...], T]]) -> dict[tuple[Any, ...], list[T]]:
     """Collects pairs of (process groups, value) into a list of values for each tuple of process groups."""
     values: dict[tuple[Any, ...], list[T]] = {}
     for groups, value in pairs:

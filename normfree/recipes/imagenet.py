@@ -1,8 +1,8 @@
-"""Recipes of the paper for ImageNet: NFNets, the ablation ladder, NF-ResNets and NF-RegNets, pre-training, fine-tuning.
+"""The paper's ImageNet recipes: NFNets, the ablation ladder, NF-ResNets and NF-RegNets, pre-training, fine-tuning.
 
-All crop as the released code does and evaluate on a square picture. With --batch-size in place of the recipe's the
-learning rate follows in proportion; --micro-batch where memory ends. None has been reproduced here at full length;
-every one takes two steps in the tests.
+All recipes crop as the released code does and evaluate on square images. With another --batch-size the learning rate
+changes in proportion; --micro-batch saves memory. No recipe has been reproduced here at full length; the tests run two
+steps of each.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import partial
 
 from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig
 
-MAGNITUDES = (5, 10, 10, 15, 15, 15, 15, 15)  # of RandAugment, F0 to F7; the released code's, as F7 is not in the paper
+MAGNITUDES = (5, 10, 10, 15, 15, 15, 15, 15)  # of RandAugment for F0 to F7, as in the released code
 
-# rung -> what it sets in the network, kinds of augmentation, and ImageNet top-1 of F0 to F3 as published (per cent)
+# rung -> overrides of the network, augmentations, and published ImageNet top-1 of F0 to F3 (per cent)
 ALL = ("mixup", "randaugment", "cutmix")
 LADDER: dict[str, tuple[dict, tuple[str, ...], tuple[float, float, float, float]]] = {
     "baseline": ({"width": (256, 512, 1024, 2048), "second_conv": False}, (), (80.4, 81.7, 82.0, 82.3)),
@@ -27,7 +27,7 @@ LADDER: dict[str, tuple[dict, tuple[str, ...], tuple[float, float, float, float]
     "default_width": ({"width": (256, 512, 1024, 2048)}, ALL, (83.1, 84.5, 85.0, 85.5)),
     "bn": ({}, ALL, (83.4, 84.4, 85.1, 85.5)),
 }
-# NF- and BN-ResNets of these depths, at these batch sizes with these λ
+# depths of the NF- and BN-ResNets, and λ by batch size
 DEPTHS = (50, 101, 152, 200)
 CLIPPING = {256: 0.16, 512: 0.08, 1024: 0.04, 2048: 0.02, 4096: 0.01}
 
@@ -35,14 +35,12 @@ CLIPPING = {256: 0.16, 512: 0.08, 1024: 0.04, 2048: 0.02, 4096: 0.01}
 def nfnet(size: int, path: str) -> ClassificationRun:
     """NFNet-F`size`, 0 to 7.
 
-    Source: paper, Table 1, appendix A.1 to A.3; released code, experiment_nfnets.py. Half of the images are MixUp's,
-    half CutMix's, then RandAugment works on all; one step reads two pictures for each image.
-
+    Source: paper, Table 1, appendix A.1 to A.3; released code, experiment_nfnets.py. MixUp applies to half of the
+    images and CutMix to the other half, then RandAugment to all. Each training image is made of two.
     Command: `normfree train IMAGENET --recipe nfnet_f0`.
     Cost: 360 epochs at batch size 4096, 112,602 steps; a step on 32 TPUv3 cores with 32 images each took 73 ms (F0),
     159, 296, 532, 1033, 1399 ms (F5).
-    Expected: 83.6, 84.7, 85.1, 85.7, 85.9, 86.0 % (F0 to F5), published.
-    Reproduced: no.
+    Expected: 83.6, 84.7, 85.1, 85.7, 85.9, 86.0 % (F0 to F5, published; not reproduced).
     """
     return ClassificationRun(
         ModelConfig(f"nfnet_f{size}"),
@@ -56,14 +54,12 @@ def ablation(size: int, rung: str, path: str) -> ClassificationRun:
     """One rung of the ladder from an SE-ResNeXt-D to NFNet-F`size`, 0 to 3.
 
     Source: paper, section 5, Tables 2 and 6, appendix A.1. `baseline` has a ResNet's widths and one 3x3 convolution a
-    block; `modified_width` the NFNets' widths; `second_conv` the second 3x3 convolution, which makes it NFNet-F; then
-    MixUp, RandAugment and CutMix are added. `default_width` goes back to a ResNet's widths; `bn` has batch
-    normalization in place of the normalizer-free parts. Whether AGC was on with `bn` is not published; it is off here.
-
+    block. `modified_width` has the NFNets' widths, and `second_conv` adds the second 3x3 convolution, which gives
+    NFNet-F. MixUp, RandAugment and CutMix follow. `default_width` returns to a ResNet's widths. `bn` uses batch
+    normalization; whether the authors used AGC with it is not published, and it is off here.
     Command: `normfree train IMAGENET --recipe nfnet_f0_baseline`, and so on for every size and rung.
     Cost: as `nfnet`.
-    Expected: `LADDER`.
-    Reproduced: no; parameters and multiply-adds of every rung agree with the paper's networks.
+    Expected: `LADDER` (published; not reproduced). The parameters and multiply-adds of all rungs agree with the paper.
     """
     options, kinds, _ = LADDER[rung]
     run = nfnet(size, path)
@@ -80,29 +76,25 @@ def ablation(size: int, rung: str, path: str) -> ClassificationRun:
 def with_sam(size: int, path: str) -> ClassificationRun:
     """NFNet-F5 or F6 with sharpness-aware minimization.
 
-    Source: paper, section 6.1, Table 3, appendix A.4: the ascent takes 20 % of the same batch, every replica its own.
-    ρ is published for fine-tuning only, 0.05, which is taken here.
-
+    Source: paper, section 6.1, Table 3, appendix A.4: each replica computes the ascent on 20 % of its batch. The paper
+    gives ρ = 0.05 for fine-tuning only; we use it here, too.
     Command: `normfree train IMAGENET --recipe nfnet_f5_sam`.
-    Cost: as `nfnet`, and 1.4 times that for a step (published, F5).
-    Expected: 86.3 % (F5), 86.5 % (F6), published.
-    Reproduced: no.
+    Cost: 1.4 times that of `nfnet` (published, F5).
+    Expected: 86.3 % (F5), 86.5 % (F6) (published; not reproduced).
     """
     run = nfnet(size, path)
     return replace(run, optim=replace(run.optim, sam_rho=0.05))
 
 
 def resnet(name: str, batch_size: int, path: str) -> ClassificationRun:
-    """A pre-activation NF-ResNet with AGC, or its BN twin, for 90 epochs at one of the batch sizes of Figure 2.
+    """A pre-activation NF-ResNet with AGC, or its BN baseline, for 90 epochs at one of the batch sizes of Figure 2.
 
-    Source: paper, section 4.1, Figures 2 and 7. Of these runs the epochs, batch sizes, rates, Nesterov's momentum and
-    the grid of λ, 0.01 to 0.16, are published; the rest is the released code's for BN ResNet-50 (experiment.py). Which
-    λ was best for which batch size is only drawn; `CLIPPING` halves it as the batch doubles, which is our guess.
-
+    Source: paper, section 4.1, Figures 2 and 7. It gives epochs, batch sizes, learning rates, Nesterov momentum, and
+    the λ that were tried, 0.01 to 0.16. The rest is from BN ResNet-50 in the released code (experiment.py). The best λ
+    for each batch size appears only in a figure; `CLIPPING`, which halves λ as the batch doubles, is our guess.
     Command: `normfree train IMAGENET --recipe nf_resnet50_1024`, `... --recipe bn_resnet50_1024`.
     Cost: 90 epochs; 4.1 G multiply-adds an image (50 layers) to 15.0 G (200).
-    Expected: with AGC at least the BN twin's accuracy up to batch size 4096 (Figure 2a).
-    Reproduced: no.
+    Expected: with AGC at least the baseline's accuracy up to batch size 4096 (Figure 2a; not reproduced).
     """
     return ClassificationRun(
         ModelConfig(name, drop_rate=0.0),
@@ -124,11 +116,9 @@ def nf_regnet(size: int, path: str) -> ClassificationRun:
     """NF-RegNet-B`size`, 0 to 5, without AGC.
 
     Source: Brock, De, Smith 2021 (arXiv 2101.08692); released code, experiment_nf_regnets.py.
-
     Command: `normfree train IMAGENET --recipe nf_regnet_b0`.
     Cost: 360 epochs at batch size 1024; 0.44 G multiply-adds an image at the test pixels (B0) to 10.6 G (B5).
-    Expected: no figure that we could check against its source.
-    Reproduced: no.
+    Expected: we have found no figure to compare with (not reproduced).
     """
     return ClassificationRun(
         ModelConfig(f"nf_regnet_b{size}"),
@@ -148,13 +138,11 @@ def nf_regnet(size: int, path: str) -> ClassificationRun:
 def pretraining(name: str, path: str) -> ClassificationRun:
     """Pre-training on hundreds of millions of labelled images, as on JFT-300M: ResNets, NFNet-F4 and F4+.
 
-    Source: paper, section 6.2, appendix A.5. Crops and flips alone at 224 px; of NFNets "as on ImageNet" is taken to
-    leave dropout and stochastic depth as they are, too.
-
+    Source: paper, section 6.2, appendix A.5. Crops and flips only, at 224 px. For NFNets the paper says "as on
+    ImageNet"; we keep dropout and stochastic depth, too.
     Command: `normfree train SHARDS --recipe nfnet_f4_plus_pretraining`.
     Cost: 40 epochs (F4), 20 (F4+) at batch size 4096, 830 ms a step at 32 images a core; 10 epochs at 1024 (ResNets).
-    Expected: what `fine_tuning` says.
-    Reproduced: no; the images are not public.
+    Expected: see `fine_tuning` (not reproduced: the images are not public).
     """
     data = DataConfig(path, crop_style="paper", eval_crop="resize_crop", train_px=224, eval_px=224)
     if not name.startswith("nfnet"):
@@ -177,14 +165,12 @@ def pretraining(name: str, path: str) -> ClassificationRun:
 def fine_tuning(name: str, path: str) -> ClassificationRun:
     """Fine-tuning of all layers on ImageNet after `pretraining`: 15,000 steps.
 
-    Source: paper, section 6.2, appendix A.5, Tables 4 and 5. ResNets without weight decay, dropout and stochastic
-    depth; NFNets with SAM, at the pixels of their variant, as the published multiply-adds of F4+ suggest.
-
+    Source: paper, section 6.2, appendix A.5, Tables 4 and 5. ResNets use no weight decay, dropout or stochastic depth.
+    NFNets use SAM, at the resolution of their variant, as the published multiply-adds of F4+ suggest.
     Command: `normfree train IMAGENET --recipe nfnet_f4_plus_fine_tuning --init WEIGHTS`.
     Cost: 15,000 steps at batch size 2048, 24 epochs.
     Expected: 89.2 % (F4, F4+). At 384 px, BN / NF: ResNet-50 79.9 / 81.1 %, 101 82.5 / 83.2, 152 83.4 / 84.0,
-    200 83.5 / 84.3 (published, after JFT-300M).
-    Reproduced: no.
+    200 83.5 / 84.3 (published, after JFT-300M; not reproduced).
     """
     optim = OptimConfig(
         steps=15_000, batch_size=2048, lr=0.1, warmup_epochs=0.0, warmup_steps=5000, weight_decay=0.0, ema_decay=0.9999
@@ -192,7 +178,7 @@ def fine_tuning(name: str, path: str) -> ClassificationRun:
     if not name.startswith("nfnet"):
         data = DataConfig(path, crop_style="paper", eval_crop="crop_resize", train_px=384, eval_px=384)
         optim = replace(optim, clipping=0.01 if name.startswith("nf") else None)
-        depth_rate = 0.0 if name.startswith("nf") else None  # the twins have none
+        depth_rate = 0.0 if name.startswith("nf") else None  # the baselines have none
         model = ModelConfig(name, drop_rate=0.0, stochastic_depth=depth_rate)
         return ClassificationRun(model, data, optim, precision="bfloat16")
     data = DataConfig(path, crop_style="paper", eval_crop="resize_crop")
@@ -201,7 +187,7 @@ def fine_tuning(name: str, path: str) -> ClassificationRun:
 
 
 def _augmented(path: str, magnitude: float, kinds: tuple[str, ...]) -> DataConfig:
-    """Crops and flips as in the released code, and the `kinds` of augmentation."""
+    """Crops and flips as in the released code, with the augmentations named in `kinds`."""
     return DataConfig(
         path,
         crop_style="paper",
