@@ -1,8 +1,8 @@
-"""The pieces of a normalizer-free network.
+"""The layers of a normalizer-free network.
 
-Scalars ride on weights: the gain γ of an activation and the β of a block multiply the standardized weights of the
-convolution that follows (`WSConv2d.input_scale`), and α, the SkipInit gain and the stochastic-depth mask multiply the
-squeeze-excite gate. No feature map is read and written for the sake of a number.
+Scalars multiply weights, not feature maps: the gain γ of an activation and the β of a block multiply the standardized
+weights of the next convolution (`WSConv2d.input_scale`), and α, the SkipInit gain and the stochastic-depth mask
+multiply the squeeze-excite gate. No scalar costs a pass over a map.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from normfree.errors import InputError, nearest
 
 Pair = tuple[int, int]
 
-# name -> (function, γ). γ keeps the output variance at 1 for a standard normal input; the values are the constants of
-# the released code (nfnets/base.py), sampled estimates up to 1e-3 above the exact ones (docs/parity.md).
+# name -> (function, γ). γ keeps the output variance at 1 for a standard normal input. The values are those of the
+# released code (nfnets/base.py): sampled estimates, up to 1e-3 above the exact constants (docs/parity.md).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "identity": (torch.positive, 1.0),
     "celu": (F.celu, 1.270926833152771),
     "elu": (F.elu, 1.2716004848480225),
-    "gelu": (functional.gelu, 1.7015043497085571),  # with the tanh
+    "gelu": (functional.gelu, 1.7015043497085571),  # in the tanh form
     "gelu_erf": (F.gelu, 1.7015043497085571),  # timm's
     "leaky_relu": (F.leaky_relu, 1.70590341091156),
     "log_sigmoid": (F.logsigmoid, 1.9193484783172607),
@@ -46,9 +46,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 class Activation(nn.Module):
-    """An activation function without its γ, which is the attribute `gamma` for whoever consumes the output.
+    """An activation function, one of `ACTIVATIONS`, without its γ: the next convolution's weights take `gamma`.
 
-    `scaled`: with its γ, where no convolution follows to take it over.
+    With `scaled` the output is multiplied by γ, for an activation that no convolution follows. Raises `InputError` for
+    an unknown name.
     """
 
     def __init__(self, name: str, scaled: bool = False):
@@ -57,10 +58,11 @@ class Activation(nn.Module):
             raise InputError(f"no activation {name!r}{nearest(name, ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}")
         self.name, self.scaled = name, scaled
         self.function, self.gamma = ACTIVATIONS[name]
-        # for the backward pass; the others keep their output, as the convolution after them does
+        # for the backward pass; the others save their output, which the next convolution saves too
         self.keeps_input = name not in ("identity", "relu", "sigmoid", "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
         out = self.function(x)
         return out * self.gamma if self.scaled else out
 
@@ -69,7 +71,7 @@ class Activation(nn.Module):
 
 
 def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
-    """N(0, std²), cut at two deviations if `truncated`; nothing on "meta", whose kernel takes seconds to import."""
+    """Draws from N(0, std²), truncated at two deviations if `truncated`; nothing on "meta", which is slow to import."""
     if weight.is_meta:
         return
     if truncated:
@@ -79,9 +81,9 @@ def init_normal_(weight: Tensor, std: float, truncated: bool = False) -> None:
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after one side of `size` pixels, as TensorFlow's 'SAME' places them: the odd one goes after."""
+    """Zeros before and after a side of `size` pixels for TensorFlow's 'SAME' padding: an odd one goes after."""
     total = (size - 1) // stride * stride + kernel - size
-    if kernel < stride:  # asked of numbers alone, so that an exported network may leave the size open
+    if kernel < stride:  # not a condition on `size`, which an exported network may leave open
         total = max(total, 0)
     return total // 2, total - total // 2
 
@@ -92,7 +94,7 @@ def _same_pads(x: Tensor, extent: Pair, stride: Pair) -> functional.Pads:
 
 
 def _extent(kernel: Sequence[int], dilation: Pair) -> Pair:
-    """Sides of the window that a dilated kernel sees."""
+    """Height and width of the window of a dilated kernel."""
     return (kernel[0] - 1) * dilation[0] + 1, (kernel[1] - 1) * dilation[1] + 1
 
 
@@ -110,7 +112,10 @@ def conv2d_same(
     before: Activation | None = None,
     dilation: int | Pair = 1,
 ) -> Tensor:
-    """Convolution of `before(x)` with 'SAME' padding; output side = ceil(input side / stride)."""
+    """Convolution of `before(x)` with TensorFlow's 'SAME' padding: output side = ceil(input side / stride).
+
+    `x` (N, in, H, W), `weight` (out, in / groups, kh, kw), `bias` (out,).
+    """
     stride, dilation = _pair(stride), _pair(dilation)
     pads, (height, width) = None, _extent(weight.shape[-2:], dilation)
     if height == width == 1 or (stride == (1, 1) and height % 2 == width % 2 == 1):  # whatever the size of x
@@ -118,7 +123,7 @@ def conv2d_same(
     else:
         left, right, top, bottom = _same_pads(x, (height, width), stride)
         padding = (top, left)
-        # a compiled or exported network is for sizes even and odd, so it must not ask
+        # a compiled or exported network takes even and odd sizes, so it must not branch on them
         if torch.compiler.is_compiling() or top != bottom or left != right:
             pads, padding = (left, right, top, bottom), (0, 0)
     recompute = before is not None and before.keeps_input
@@ -126,19 +131,93 @@ def conv2d_same(
     return functional.conv2d(x, weight, bias, *geometry, pads=pads, before=before, recompute=recompute)
 
 
-fx.wrap("conv2d_same")  # torch.fx calls it as it is: it asks for sides
+fx.wrap("conv2d_same")  # a leaf for torch.fx, since it branches on sizes
 
-# what the convolutions use in the context of `reuse_weights`, which is one thread's, or one task's, alone
+# the weights to use in the context of `reuse_weights`, for the thread or asyncio task that entered it
 REUSED: ContextVar[Mapping[WSConv, Tensor]] = ContextVar("REUSED", default=MappingProxyType({}))
 
 
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that takes over the activation before it and a factor after it, as `WSConv2d` does.
+
+    `padding` is a number of pixels, "valid", "same" or "symmetric". The last two also work with strides: output side =
+    ceil(input side / stride). "same" pads an odd zero after, as TensorFlow does; "symmetric" pads
+    (stride - 1 + dilation * (kernel - 1)) // 2 on either side, as timm does. Raises `InputError` for any other string.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        pixels = padding
+        if padding == "symmetric":
+            sizes = zip(*(_pair(size) for size in (kernel_size, stride, dilation)), strict=True)
+            pixels = tuple((s - 1 + d * (k - 1)) // 2 for k, s, d in sizes)
+        elif isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise InputError(f'padding {padding!r}: pixels, "same", "symmetric" or "valid"')
+            pixels = 0
+        super().__init__(in_channels, out_channels, kernel_size, stride, pixels, dilation, *args, **kwargs)
+        if padding == "same":  # PyTorch's constructor refuses it with strides
+            self.padding = "same"
+
+    def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias to use."""
+        return _times(self.weight, self.bias, output_scale)
+
+    def forward(
+        self,
+        input: Tensor,
+        output_scale: Tensor | float | None = None,
+        before: Activation | None = None,
+    ) -> Tensor:
+        """Convolution of `before(input)`, which the backward pass computes again if that saves memory.
+
+        (N, in, H, W) -> (N, out, H', W'). `output_scale`, a scalar, multiplies the output by way of weight and bias.
+        """
+        weight, bias = self._scaled(output_scale)
+        stride, padding, dilation = (cast(Pair, n) for n in (self.stride, self.padding, self.dilation))
+        if self.padding_mode != "zeros":
+            pads = conv_pads(self)
+            if self.padding == "same":
+                pads = _same_pads(input, _extent(cast(Pair, self.kernel_size), dilation), stride)
+            padded = F.pad(before(input) if before else input, pads, self.padding_mode)
+            return functional.conv2d(padded, weight, bias, stride, (0, 0), dilation, self.groups)
+        if self.padding == "same":
+            return conv2d_same(input, weight, bias, stride, self.groups, before, dilation)
+        recompute = before is not None and before.keeps_input
+        geometry = (stride, padding, dilation, self.groups)
+        return functional.conv2d(input, weight, bias, *geometry, before=before, recompute=recompute)
+
+
+def convolve(
+    conv: nn.Module, x: Tensor, before: Activation | None = None, output_scale: Tensor | float | None = None
+) -> Tensor:
+    """conv(before(x)) * output_scale. `Conv2d` and `WSConv2d` do all of it, any other convolution its own part."""
+    if isinstance(conv, Conv2d):
+        return conv(x, output_scale=output_scale, before=before)
+    out = conv(before(x) if before else x)
+    return out if output_scale is None else out * output_scale
+
+
+def _times(weight: Tensor, bias: Tensor | None, scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
+    return (weight, bias) if scale is None else (weight * scale, bias if bias is None else bias * scale)
+
+
 class WSConv(ConvNd):
-    """Scaled weight standardization for the convolution that a subclass also inherits from.
+    """Scaled weight standardization, for subclasses that also inherit from one of PyTorch's convolutions.
 
         Ŵ_i = (W_i - mean(W_i)) / sqrt(max(fan_in * var(W_i), 1e-4)) * gain_i * input_scale
 
-    `gain` and `bias` (out,). Mean and biased variance run over the fan-in extent of output channel i. `input_scale` is
-    the scalar that the input would otherwise have been multiplied by. With `eps` the denominator is
+    `gain` and `bias` (out,). Mean and biased variance are over the filter of output channel i. `input_scale` is the
+    scalar that the input would otherwise be multiplied by. With `eps` the denominator is
     sqrt(fan_in * (var(W_i) + eps)), as in timm. Paper eq. 1; nfnets/base.py.
     """
 
@@ -158,11 +237,11 @@ class WSConv(ConvNd):
 
     @property
     def fan_in(self) -> float:
-        """Number of inputs in the sum that makes one output."""
+        """Number of terms in the sum of one output."""
         return self.filter_size
 
     def reset_parameters(self) -> None:
-        """LeCun normal over the fan-in; biases 0, gains 1, an `input_scale` that was traced (`convert_to_nf`) 1."""
+        """LeCun normal weights over the fan-in, biases 0, gains 1; `input_scale` 1 if `convert_to_nf` traced it."""
         init_normal_(self.weight, self.fan_in**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -172,24 +251,21 @@ class WSConv(ConvNd):
             nn.init.ones_(cast(Tensor, self.input_scale))
 
     def standardized_weight(self) -> Tensor:
-        """Ŵ, the weight that the convolution uses, of the shape of `weight`."""
+        """Ŵ, the weight that the convolution uses, in the shape of `weight`."""
         return self._standardize(self.weight)
 
     def _scaled(self, output_scale: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias to use."""
-        reused, bias = REUSED.get().get(self), self.bias
-        weight = self.standardized_weight() if reused is None else reused
-        if output_scale is None:
-            return weight, bias
-        return weight * output_scale, bias if bias is None else bias * output_scale
+        reused = REUSED.get().get(self)
+        return _times(self.standardized_weight() if reused is None else reused, self.bias, output_scale)
 
     def _standardize(self, weight: Tensor) -> Tensor:
         """Ŵ for a weight with the output channels first."""
         return functional.standardize(weight, self.gain, *self._options())
 
     def _options(self) -> functional.Options:
-        floor, extra = (1e-4, 0.0) if self.eps is None else (0.0, self.eps * self.fan_in)
-        return cast(float, self.input_scale), self.fan_in / self.filter_size, floor, extra
+        floor, eps = (1e-4, 0.0) if self.eps is None else (0.0, self.eps * self.fan_in)
+        return cast(float, self.input_scale), self.fan_in / self.filter_size, floor, eps
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps:g}"
@@ -198,16 +274,16 @@ class WSConv(ConvNd):
 
 @contextlib.contextmanager
 def reuse_weights(model: nn.Module) -> Iterator[None]:
-    """Standardizes the weights of `model` once for all that is computed within: micro-batches, an evaluation.
+    """Standardizes the weights of `model` once for all passes in the context: of micro-batches, or of an evaluation.
 
         with reuse_weights(model):
             for images, labels in micro_batches:
                 (F.cross_entropy(model(images), labels) / len(micro_batches)).backward()
         optimizer.step()
 
-    The gradients are those of standardizing in every pass; they reach weights and gains when the context is left, if
-    not by an error. Weights may not change within. It holds for the thread, or the asyncio task, that enters it; others
-    may use the model meanwhile. Not for models that DDP or FSDP wrap: these wait for gradients pass by pass.
+    The gradients equal those of standardizing in every pass. They reach weights and gains when the context ends without
+    an error. Weights must not change in it. Other threads and asyncio tasks may use the model at the same time; the
+    context has no effect on them. Not for models that DDP or FSDP wrap, which wait for the gradients of each pass.
     """
     convs = [module for module in model.modules() if isinstance(module, WSConv)]
     weights = _standardized_weights(convs)
@@ -223,17 +299,17 @@ def reuse_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _standardized_weights(convs: Sequence[WSConv]) -> list[Tensor]:
-    """`standardized_weight` of each, in one pass for those that have not one of their own."""
+    """`standardized_weight` of each, in one pass for all convolutions that do not override it."""
     plain = [conv for conv in convs if type(conv).standardized_weight is WSConv.standardized_weight]
     together = functional.standardize_all(
         [conv.weight for conv in plain], [conv.gain for conv in plain], [conv._options() for conv in plain]
     )
-    found = dict(zip(plain, together, strict=True))
-    return [found[conv] if conv in found else conv.standardized_weight() for conv in convs]
+    weights = dict(zip(plain, together, strict=True))
+    return [weights[conv] if conv in weights else conv.standardized_weight() for conv in convs]
 
 
 class _Initialized(nn.Module):
-    """Weights N(0, `std`²), cut at two deviations if `truncated`, bias 0, once there is a `std`."""
+    """After `initialize`: weights from N(0, `std`²), truncated at two deviations if `truncated`, and bias 0."""
 
     weight: Any
     bias: Any
@@ -245,7 +321,9 @@ class _Initialized(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.std is None:  # PyTorch's constructor: a seed gives the random numbers that it has always given
+        if (
+            self.std is None
+        ):  # called by PyTorch's constructor, whose draws keep the random numbers of a seed as they were
             cast(Any, super()).reset_parameters()
             return
         init_normal_(self.weight, self.std, self.truncated)
@@ -254,17 +332,17 @@ class _Initialized(nn.Module):
 
 
 class Linear(_Initialized, nn.Linear):
-    """`nn.Linear` with an initialisation of its owner's."""
+    """`nn.Linear` whose owner sets the initialisation."""
 
 
 class _Conv1d(_Initialized, nn.Conv1d):
-    """`nn.Conv1d` with an initialisation of its owner's."""
+    """`nn.Conv1d` whose owner sets the initialisation."""
 
 
 class SqueezeExcite(nn.Module):
     """Gate in (0, 1) for every channel of every image: (N, C, H, W) -> (N, C, 1, 1).
 
-    Hidden activation is plain ReLU without γ: the paper's formula says GELU, the released code and weights have ReLU.
+    The hidden activation is ReLU without γ, as in the released code and weights; the paper's formula has GELU.
     """
 
     def __init__(self, channels: int, hidden_channels: int):
@@ -275,16 +353,19 @@ class SqueezeExcite(nn.Module):
             fc.initialize(fc.in_features**-0.5, truncated=True)  # haiku's default for linear layers
 
     def forward(self, x: Tensor) -> Tensor:
+        """The gate; it does not multiply x."""
         return torch.sigmoid(self.fc2(F.relu(self.fc1(functional.spatial_mean(x)))))[:, :, None, None]
 
     def count_macs(self) -> int:
+        """Multiply-adds for one image."""
         return self.fc1.weight.numel() + self.fc2.weight.numel()
 
 
 class EfficientChannelAttention(nn.Module):
-    """Gate in (0, 1) for every channel of every image, from its neighbours: (N, C, H, W) -> (N, C, 1, 1).
+    """Gate in (0, 1) for every channel of every image: (N, C, H, W) -> (N, C, 1, 1).
 
-    One 1-D convolution over the channels' means, as wide as log2(C) says: Wang et al. 2020, arXiv 1910.03151.
+    One 1-D convolution over the means of neighbouring channels; its width grows with log2(C). Wang et al. 2020, arXiv
+    1910.03151.
     """
 
     def __init__(self, channels: int):
@@ -296,16 +377,19 @@ class EfficientChannelAttention(nn.Module):
         self.conv.initialize(width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The gate; it does not multiply x."""
         return torch.sigmoid(self.conv(functional.spatial_mean(x)[:, None])).transpose(1, 2)[..., None]
 
     def count_macs(self) -> int:
+        """Multiply-adds for one image."""
         return self.channels * self.conv.weight.numel()
 
 
 class StochasticDepth(nn.Module):
-    """Zeroes whole samples of a (N, ...) tensor with probability `rate` while training; survivors are not rescaled.
+    """In training, zeroes whole samples of a (N, ...) tensor with probability `rate`.
 
-    Without the usual 1 / (1 - rate), and without a factor in evaluation: nfnets/base.py, StochDepth.
+    Survivors are not multiplied by the usual 1 / (1 - rate), and evaluation has no factor either: StochDepth of
+    nfnets/base.py.
     """
 
     def __init__(self, rate: float):
@@ -313,6 +397,7 @@ class StochasticDepth(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> the same shape."""
         return _drop_samples(x, self.rate if self.training else 0.0)
 
     def extra_repr(self) -> str:
@@ -326,11 +411,11 @@ def _drop_samples(x: Tensor, rate: float) -> Tensor:
     return x * keep
 
 
-fx.wrap("_drop_samples")  # torch.fx calls it as it is: it asks for dimensions
+fx.wrap("_drop_samples")  # a leaf for torch.fx, since it branches on the number of dimensions
 
 
 class _WSConvNd(WSConv):
-    """The constructor of the layers below: PyTorch's, and two keywords."""
+    """The constructor of the layers below: PyTorch's arguments and two keywords."""
 
     def __init__(
         self, *args: Any, device: Any = None, input_scale: float = 1.0, eps: float | None = None, **kwargs: Any
@@ -339,13 +424,10 @@ class _WSConvNd(WSConv):
         self._add_gain(input_scale, eps)
 
 
-class WSConv2d(_WSConvNd, nn.Conv2d):
-    """2-D convolution with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
+class WSConv2d(_WSConvNd, Conv2d):
+    """`Conv2d` with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
 
-    `nn.Conv2d`'s arguments, and the keywords `input_scale` and `eps`. `padding` is pixels a side, "valid", or one of
-    two that also go with strides, of which they make output side = ceil(input side / stride): "same" places the odd
-    zero after, as TensorFlow does, and PyTorch where there is no stride; "symmetric" has
-    (stride - 1 + dilation * (kernel - 1)) // 2 pixels on either side, as timm does.
+    The arguments are those of `nn.Conv2d`, with the paddings of `Conv2d`, and the keywords `input_scale` and `eps`.
     """
 
     def __init__(
@@ -365,49 +447,15 @@ class WSConv2d(_WSConvNd, nn.Conv2d):
         input_scale: float = 1.0,
         eps: float | None = None,
     ):
-        pixels = padding
-        if padding == "symmetric":
-            sizes = zip(*(_pair(size) for size in (kernel_size, stride, dilation)), strict=True)
-            pixels = tuple((s - 1 + d * (k - 1)) // 2 for k, s, d in sizes)
-        elif isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise InputError(f'padding {padding!r}: pixels, "same", "symmetric" or "valid"')
-            pixels = 0
-        rest = (stride, pixels, dilation, groups, bias, padding_mode, device, dtype)
+        rest = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *rest, input_scale=input_scale, eps=eps)
-        if padding == "same":  # PyTorch's constructor takes it without strides only
-            self.padding = "same"
-
-    def forward(
-        self,
-        input: Tensor,
-        output_scale: Tensor | float | None = None,
-        before: Activation | None = None,
-    ) -> Tensor:
-        """The convolution of `before(input)`, which the backward pass computes once more if that saves memory.
-
-        `output_scale`, a scalar, multiplies the output by way of weight and bias.
-        """
-        weight, bias = self._scaled(output_scale)
-        stride, padding, dilation = (cast(Pair, n) for n in (self.stride, self.padding, self.dilation))
-        if self.padding_mode != "zeros":
-            pads = conv_pads(self)
-            if self.padding == "same":
-                pads = _same_pads(input, _extent(cast(Pair, self.kernel_size), dilation), stride)
-            made = F.pad(before(input) if before else input, pads, self.padding_mode)
-            return functional.conv2d(made, weight, bias, stride, (0, 0), dilation, self.groups)
-        if self.padding == "same":
-            return conv2d_same(input, weight, bias, stride, self.groups, before, dilation)
-        recompute = before is not None and before.keeps_input
-        geometry = (stride, padding, dilation, self.groups)
-        return functional.conv2d(input, weight, bias, *geometry, before=before, recompute=recompute)
 
 
 class _WSForward(_WSConvNd):
-    """What `WSConv1d` and `WSConv3d` share."""
+    """The forward pass of `WSConv1d` and `WSConv3d`."""
 
     def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
-        """`output_scale`, a scalar, multiplies the output by way of weight and bias."""
+        """(N, in, ...) -> (N, out, ...). `output_scale`, a scalar, multiplies the output by way of weight and bias."""
         return conv_forward(self, input, *self._scaled(output_scale))
 
 
@@ -426,12 +474,12 @@ class WSConv3d(_WSForward, nn.Conv3d):
 
 
 class _WSConvTransposeNd(_WSConvNd, ConvTransposeNd):
-    """What the transposed convolutions share: their `weight` is (in, out / groups, ...).
+    """Weight standardization for transposed convolutions, whose `weight` is (in, out / groups, ...).
 
-    Mean and variance run over the filter of an output channel, (in / groups, ...), of which, with strides, one output
-    sees a part: on average 1 / prod(stride). The fan-in is that much smaller, so that an input of unit variance gives
-    an output whose variance is 1 on average over places (it differs from place to place unless kernel sides are
-    multiples of the strides).
+    Mean and variance are over the filter of an output channel, (in / groups, ...). With strides, one output sees only
+    1 / prod(stride) of that filter on average. The fan-in is smaller by this factor, so that unit variance of the input
+    gives unit variance of the output on average over places. (The variance differs from place to place unless the
+    kernel sides are multiples of the strides.)
     """
 
     _transpose: Callable[..., Tensor]
@@ -448,7 +496,10 @@ class _WSConvTransposeNd(_WSConvNd, ConvTransposeNd):
     def forward(
         self, input: Tensor, output_size: list[int] | None = None, output_scale: Tensor | float | None = None
     ) -> Tensor:
-        """`output_size` as in PyTorch's layers; `output_scale`, a scalar, multiplies by way of weight and bias."""
+        """(N, in, ...) -> (N, out, ...). `output_size` is that of PyTorch's layers.
+
+        `output_scale`, a scalar, multiplies the output by way of weight and bias.
+        """
         sizes = (self.stride, self.padding, self.dilation)
         stride, padding, dilation = (list(cast(tuple[int, ...], size)) for size in sizes)
         end = output_padding(self, input, output_size)
@@ -483,7 +534,7 @@ class WSConvTranspose3d(_WSConvTransposeNd, nn.ConvTranspose3d):
 
 
 class BranchEnd(WSConv):
-    """A convolution that ends a residual branch: weight and bias are multiplied by α * gain, two scalars."""
+    """A convolution at the end of a residual branch: the scalars α and SkipInit gain multiply weight and bias."""
 
     skip_gain: nn.Parameter
     alpha: Tensor
@@ -494,7 +545,7 @@ class BranchEnd(WSConv):
         self.register_buffer("alpha", self.weight.detach().new_ones(()))
 
     def reset_parameters(self) -> None:
-        """As `WSConv`'s; α and its gain 1."""
+        """Like `WSConv`; α and the SkipInit gain are set to 1."""
         super().reset_parameters()
         if isinstance(getattr(self, "skip_gain", None), nn.Parameter):
             nn.init.ones_(self.skip_gain)
@@ -518,7 +569,7 @@ class BranchEndConv3d(BranchEnd, WSConv3d):
 
 
 class SkipInit(nn.Module):
-    """x -> α * gain * x: the end of a residual branch where that is no convolution."""
+    """x -> α * gain * x, for a residual branch that does not end in a convolution. Any shape."""
 
     alpha: Tensor
 
@@ -528,21 +579,23 @@ class SkipInit(nn.Module):
         self.register_buffer("alpha", torch.ones(()))
 
     def reset_parameters(self) -> None:
-        """α and its gain 1."""
+        """Sets α and the gain to 1."""
         nn.init.ones_(self.skip_gain)
         nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
         return x * (self.skip_gain * self.alpha)
 
 
 class ChannelAffine(nn.Module):
-    """x -> weight * x + bias, one number a channel: batch normalization by constants. (N, C, ...) -> the same."""
+    """weight * x + bias with one weight and one bias a channel: batch normalization with fixed statistics."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape."""
         shape = (-1, *[1] * (x.ndim - 2))
         return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))

@@ -1,5 +1,6 @@
 """Weight-standardized convolutions against float64 references: geometry, precision, shared weights, resetting."""
 
+import copy
 import inspect
 import itertools
 import math
@@ -20,6 +21,7 @@ from normfree.layers import (
     BranchEndConv1d,
     BranchEndConv2d,
     BranchEndConv3d,
+    Conv2d,
     SkipInit,
     WSConv,
     WSConv1d,
@@ -248,9 +250,71 @@ def test_arguments_are_in_pytorchs_order():
     assert [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY] == [(p.name, p.default) for p in theirs]
 
 
+def plain(conv: WSConv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
+    """A plain convolution with the standardized weight and the bias."""
+    strided_same = conv.padding == "same" and max(conv.stride) > 1
+    padding = conv.padding
+    if strided_same and max(conv.kernel_size) == 1:
+        padding = 0
+    elif strided_same:
+        cls = Conv2d  # PyTorch's own has no such padding
+    arguments = (
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        padding,
+        conv.dilation,
+        conv.groups,
+    )
+    new = cls(*arguments, dtype=conv.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(conv.standardized_weight())
+        new.bias.copy_(conv.bias)
+    return new
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, Conv2d], ids=["PyTorch's", "ours"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("nfnet_nano", {}),
+        ("nfnet_micro", dict(depth=(1, 1, 2, 1))),
+        ("nfnet_l0", dict(depth=(1, 1, 1, 1))),  # symmetric padding, no SkipInit gain
+        ("nf_resnet26", dict(skip_init=0.7)),  # scales the output of the last convolution
+        ("nf_regnet_b0", dict(depth=(1, 1, 1, 1), skip_init=0.7)),
+    ],
+)
+def test_plain_convolutions_stand_in_the_place_of_standardized_ones(name, overrides, cls):
+    """Outputs and input gradients are the same, and those of weights are those of the standardized weights."""
+    torch.manual_seed(0)
+    model = create_model(name, 5, **overrides).eval()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        ours, theirs = copy.deepcopy(model).to(dtype), copy.deepcopy(model).to(dtype)
+        convs = {name: module for name, module in theirs.named_modules() if isinstance(module, WSConv2d)}
+        for name, conv in convs.items():
+            theirs.set_submodule(name, plain(conv, cls))
+        assert not any(isinstance(module, WSConv2d) for module in theirs.modules())
+        for sides in ((64, 64), (65, 70)):
+            x = torch.randn(2, 3, *sides, dtype=dtype).requires_grad_()
+            theirs.zero_grad()
+            with reuse_weights(ours):
+                standardized = {name: REUSED.get()[ours.get_submodule(name)] for name in convs}
+                out, other = ours(x), theirs(x)
+                assert (out - other).norm() <= tolerance * out.norm()
+                (grad,), (other,) = (torch.autograd.grad(y.square().sum(), x, retain_graph=True) for y in (out, other))
+                assert (grad - other).norm() <= 10 * tolerance * grad.norm()
+                out.square().sum().backward()
+                grads = {name: weight.grad for name, weight in standardized.items()}
+            theirs(x).square().sum().backward()
+            for name, grad in grads.items():
+                assert (theirs.get_submodule(name).weight.grad - grad).norm() <= 10 * tolerance * grad.norm(), name
+
+
 def test_paddings_that_there_are_not():
-    with pytest.raises(InputError, match="'full'"):
-        WSConv2d(2, 2, 3, padding="full")
+    for cls in (WSConv2d, Conv2d):
+        with pytest.raises(InputError, match="'full'"):
+            cls(2, 2, 3, padding="full")
     with pytest.raises(ValueError, match="strided"):
         WSConv1d(2, 2, 3, 2, padding="same")
     assert "padding=same" in repr(WSConv2d(2, 2, 3, 2, padding="same"))

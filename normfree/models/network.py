@@ -22,6 +22,7 @@ from normfree.layers import (
     Linear,
     SqueezeExcite,
     WSConv2d,
+    convolve,
     same_padding,
 )
 from normfree.weights import ModelInfo
@@ -195,7 +196,7 @@ def run_stem(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         if isinstance(layer, Activation):
             before = layer
         else:
-            x, before = layer(x) if before is None else layer(x, before=before), None
+            x, before = convolve(layer, x, before), None
     return x
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from normfree.config import Four
-from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
     ClassifierHead,
@@ -91,18 +91,18 @@ class NFRegBlock(Block):
         if self.conv_shortcut is not None and self.stride > 1:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
         elif self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut(x, before=self.act)
+            shortcut = convolve(self.conv_shortcut, x, self.act)
         out = self._gated(x)
         scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
-        out = self.conv2(out, output_scale=scale, before=self.act)
+        out = convolve(self.conv2, out, self.act, scale)
         return shortcut + self.stochastic_depth(out)
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch of x, before stochastic depth, SkipInit gain and α."""
-        return self.conv2(self._gated(x), before=self.act)
+        return convolve(self.conv2, self._gated(x), self.act)
 
     def _gated(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.conv0(x, before=self.act), before=self.act)
+        out = convolve(self.conv1, convolve(self.conv0, x, self.act), self.act)
         return out * (2 * self.se(out))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfree import functional
 from normfree.config import Four
-from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
     ClassifierHead,
@@ -91,19 +91,19 @@ class NFResBlock(Block):
         if self.conv_shortcut is not None and self.pools:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
         elif self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut(x, before=self.act)
-        out = self.conv1(self.conv0(x, before=self.act), before=self.act)
+            shortcut = convolve(self.conv_shortcut, x, self.act)
+        out = convolve(self.conv1, convolve(self.conv0, x, self.act), self.act)
         scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
         if self.se is not None:
-            out = self.conv2(out, before=self.act)
+            out = convolve(self.conv2, out, self.act)
             return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * (2 * scale)))
-        out = self.conv2(out, output_scale=scale, before=self.act)
+        out = convolve(self.conv2, out, self.act, scale)
         return shortcut + self.stochastic_depth(out)
 
     def branch(self, x: Tensor) -> Tensor:
         """The residual branch of x, before stochastic depth, SkipInit gain and α."""
-        out = self.conv1(self.conv0(x, before=self.act), before=self.act)
-        out = self.conv2(out, before=self.act)
+        out = convolve(self.conv1, convolve(self.conv0, x, self.act), self.act)
+        out = convolve(self.conv2, out, self.act)
         return out if self.se is None else out * (2 * self.se(out))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfree import functional
 from normfree.config import Four
-from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d
+from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
     ClassifierHead,
@@ -149,7 +149,7 @@ class NFBlock(Block):
         if self.conv_shortcut is not None and self.stride > 1:
             shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
         elif self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut(x, before=self.act)
+            shortcut = convolve(self.conv_shortcut, x, self.act)
         out = self._convolve(x)
         scale = 2 * self.alpha if self.skip_gain is None else self.skip_gain * (2 * self.alpha)
         return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * scale))
@@ -160,10 +160,10 @@ class NFBlock(Block):
         return out * (2 * self.se(out))
 
     def _convolve(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.conv0(x, before=self.act), before=self.act)
+        out = convolve(self.conv1, convolve(self.conv0, x, self.act), self.act)
         if self.conv1b is not None:
-            out = self.conv1b(out, before=self.act)
-        return self.conv2(out, before=self.act)
+            out = convolve(self.conv1b, out, self.act)
+        return convolve(self.conv2, out, self.act)
 
 
 class NFNet(Network):
