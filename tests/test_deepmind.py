@@ -224,16 +224,16 @@ def test_what_is_no_weight_file(tmp_path):
     whole = pickle.dumps({"a": {"w": np.ones(3, np.float32)}})
     refuse(whole[:-20], "damaged")
     refuse(whole, "of none of NFNet, NF_ResNet, NF_RegNet")
-    refuse(pickle.dumps([1, 2]), "no haiku weight file")
-    refuse(pickle.dumps({"a": {"w": 1.0}}), "a/w is no array of floats")
-    refuse(pickle.dumps({"a": {"w": np.array(["x"])}}), "a/w is no array of floats")
-    refuse(pickle.dumps({"a": {"w": np.array([1])}}), "a/w is no array of floats")
-    refuse(pickle.dumps({"NFNet/~/a": {"w": np.ones(3)}, "date": "2021"}), "date is no array of floats")
-    refuse(pickle.dumps(np.ones(3)), "no haiku weight file")
-    refuse(pickle.dumps(({}, [], None)), "no haiku weight file")
+    refuse(pickle.dumps([1, 2]), "not a haiku weight file")
+    refuse(pickle.dumps({"a": {"w": 1.0}}), "a/w is not an array of floats")
+    refuse(pickle.dumps({"a": {"w": np.array(["x"])}}), "a/w is not an array of floats")
+    refuse(pickle.dumps({"a": {"w": np.array([1])}}), "a/w is not an array of floats")
+    refuse(pickle.dumps({"NFNet/~/a": {"w": np.ones(3)}, "date": "2021"}), "date is not an array of floats")
+    refuse(pickle.dumps(np.ones(3)), "not a haiku weight file")
+    refuse(pickle.dumps(({}, [], None)), "not a haiku weight file")
     loop: dict = {}
     loop["a"] = loop
-    refuse(pickle.dumps(loop), "no haiku weight file")
+    refuse(pickle.dumps(loop), "not a haiku weight file")
     refuse(dill.dumps({"a": lambda: 1}), "refused")
 
 

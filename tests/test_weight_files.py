@@ -381,7 +381,7 @@ def test_tensors_that_are_not_in_their_file(tmp_path):
     state = model.state_dict()
     for bad in (torch.zeros(1).expand(2**40), torch.zeros(3, dtype=torch.complex64)):
         torch.save(state | {"stem.conv0.bias": bad}, path)
-        refused("damaged or no weight file .*a tensor of", normfree.load, path)
+        refused("damaged or not a weight file .*a tensor of", normfree.load, path)
     torch.save(state, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
     start = content.rindex(b"\x80\x02]q")  # the names of the storages whose numbers follow

@@ -35,14 +35,14 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: 0 leaves the classifier out (pooled features).
-        weights: a file that `save` wrote for the same architecture, or a run's folder; one of the authors'
-            (`F0_haiku.npz` …), a timm `.safetensors` or `.pth`, a checkpoint or state dict of a network of ours, or
-            "hf://owner/name". Options that the file records are taken over. So is its classifier where `num_classes`
-            agrees; where it differs, a fresh one stays. The first convolution is adapted where `in_channels` differs.
-        overrides: any option of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
-            `features_only`; None keeps the file's or the variant's value. timm's `in_chans` and `drop_path_rate` are
-            understood as `in_channels` and `stochastic_depth`.
+        num_classes: 0 for pooled features without a classifier.
+        weights: a file that `save` wrote for the same architecture, a run folder, a released file (`F0_haiku.npz` …),
+            a timm `.safetensors` or `.pth`, a checkpoint or state dict of one of our networks, or "hf://owner/name".
+            Options in the file apply. Its classifier is kept if `num_classes` agrees, and its first convolution is
+            adapted if `in_channels` differs.
+        overrides: options of the network's class, such as `width`, `depth`, `drop_rate`, `second_conv`,
+            `features_only`; None keeps the value of the file or the variant. timm's `in_chans` and `drop_path_rate`
+            are accepted for `in_channels` and `stochastic_depth`.
 
     Raises:
         InputError: unknown name or option, impossible value, weights of another architecture.

@@ -126,7 +126,7 @@ def from_weights(
 
 
 def _rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
-    """Pairs of a row of the new classifier and the row of the file's that it takes over; and what is to be said."""
+    """Pairs of rows (new classifier, file's classifier) to be copied, and a note for the user."""
     if not num_classes:
         return [], "the classifier is left out"
     if class_names and info.class_names:
@@ -136,9 +136,9 @@ def _rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) ->
         new, gone = [name for name in names if name not in old], [name for name in old if name not in names]
         if not rows:
             return [], f"the classifier is new: none of the {num_classes} classes is among the file's"
-        said = f"the classifier keeps its rows for {len(rows)} of {num_classes} classes"
-        said += "".join(f"; {what}: {some(names)}" for what, names in (("new", new), ("left out", gone)) if names)
-        return rows, said
+        note = f"the classifier keeps its rows for {len(rows)} of {num_classes} classes"
+        note += "".join(f"; {what}: {some(names)}" for what, names in (("new", new), ("left out", gone)) if names)
+        return rows, note
     if num_classes == info.num_classes:
         unnamed = "" if info.class_names else ", though the file does not name its classes"
         return [(row, row) for row in range(num_classes)], f"the classifier for {num_classes} classes is kept{unnamed}"
@@ -146,22 +146,22 @@ def _rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) ->
 
 
 def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = None) -> None:
-    """Writes `model` and what `load` and `predict` need to know as one safetensors file.
+    """Writes `model` as one safetensors file, with a header that `load` and `predict` need.
 
     Args:
-        model: as `create_model` made it, also inside `torch.compile`, DDP, FSDP2 or an average of its weights; its
-            classifier and first convolution may be others. Under FSDP2 all ranks call this.
-        info: None: `model.info`, with the number of classes and channels that the network has now.
+        model: a network of `create_model`, possibly wrapped by `torch.compile`, DDP, FSDP2 or a weight average. Its
+            classifier and first convolution may have been replaced. Under FSDP2 all ranks must call this.
+        info: None: `model.info` with the network's current number of classes and channels.
 
     Raises:
-        InputError: in one line, and nothing is written: a network that `load` would not build again from its tensors,
-            `info` of another one, or a place that cannot be written to.
-        OSError: the disk is full; the file that was there is still whole.
+        InputError: in one line, and nothing is written: `load` could not rebuild the network, `info` contradicts it,
+            or the file cannot be written.
+        OSError: the disk is full. The old file is still whole.
     """
     network = _unwrapped(model)
     state, _ = plain_names(network.state_dict(), path)
     for key, value in state.items():
-        if hasattr(value, "full_tensor"):  # a DTensor, of which this rank has a shard; its class takes long to import
+        if hasattr(value, "full_tensor"):  # a DTensor, whose class is slow to import
             state[key] = value.full_tensor()
     known = info or getattr(network, "info", None)
     if known is None:
@@ -174,7 +174,7 @@ def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = Non
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile` (`_orig_mod`), DDP, DataParallel, AveragedModel, timm's EMA (`module`)."""
-    # other people's wrappers may compute something before the network or after it
+    # other wrappers may compute something before or after the network
     if isinstance(model, Network) or type(model).__module__.partition(".")[0] not in ("torch", "timm"):
         return model
     inner = unwrapped(model)
@@ -182,13 +182,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo, strict: bool) -> ModelInfo:
-    """`info` with the classes and channels that the tensors have; InputError where `load` would build another network.
+    """`info` with the classes and channels of the tensors; InputError if `load` would build a different network.
 
-    `strict`: `info` must say so already.
+    `strict`: `info` must already have them.
     """
     first = next((value for value in state.values() if value.ndim == 4), None)
     in_channels = info.in_channels if first is None else first.shape[1]
-    extracts = isinstance(network, Network) and network.out_indices is not None  # which has no classifier to count
+    extracts = isinstance(network, Network) and network.out_indices is not None  # no classifier to count
     num_classes = info.num_classes if extracts else size(state, "head.fc")
     if (num_classes, in_channels) != (info.num_classes, info.in_channels):
         if strict:

@@ -13,7 +13,7 @@ from normfree.models import bn_resnet, nf_regnet, nf_resnet, nfnet
 from normfree.models.network import Network
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 
-# name -> (class, row of its table); a row's fields are options of the class, but for those of `Variant`
+# name -> (class, row of its table); the fields of a row are options of the class, except those of `Variant`
 TABLE: dict[str, tuple[type[Network], Any]] = {
     name: (family, variant)
     for family, variants in (
@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[type[Network], Any]] = {
 
 
 ALIASES = {"in_chans": "in_channels", "drop_path_rate": "stochastic_depth"}  # timm's names of options
-# other words of timm's -> ours
+# other names in timm -> ours, for error messages
 TIMM_WORDS = {
     "act_layer": "activation",
     "attn_layer": "se_ratio",
@@ -52,7 +52,7 @@ TIMM_WORDS = {
 
 
 class Variant(Protocol):
-    """What every row of every table has: pixels, and ImageNet top-1 at `eval_px` as published, or nothing."""
+    """What rows of all tables share: image sides, and published ImageNet top-1 at `eval_px`, or ""."""
 
     @property
     def train_px(self) -> int: ...
@@ -79,13 +79,13 @@ def _find(name: str) -> tuple[type[Network], Any]:
 
 
 def _options(family: type[Network]) -> list[str]:
-    """What `create_model` passes on to a class: its arguments but for those of its own."""
+    """The options that `create_model` passes on to a class."""
     names = inspect.signature(family.__init__).parameters
     return [name for name in names if name not in ("self", "num_classes", "in_channels")]
 
 
 def our_words(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` without what is None, which stands for the default, and by our names where they have timm's."""
+    """`options` under our names instead of timm's, without those that are None, the default."""
     given: dict[str, Any] = {}
     for key, value in options.items():
         ours = ALIASES.get(key, key)
@@ -96,16 +96,14 @@ def our_words(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unknown(name: str, key: str, known: list[str]) -> InputError:
     if key == "output_stride":
-        return InputError(
-            f"{name} has no output_stride: its strides are fixed; out_indices picks feature maps of others"
-        )
+        return InputError(f"{name} has no output_stride: its strides are fixed; choose feature maps with out_indices")
     every, ours = [*known, "num_classes", "in_channels", "weights"], TIMM_WORDS.get(key)
     hint = f"; it is {ours!r} here" if ours in every else nearest(key, every)
     return InputError(f"{name} has no option {key!r}{hint}; known: {', '.join(known)}")
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Every option of a network of the zoo with the value that it has when nothing is said."""
+    """Every option of a network, with its default value."""
     family, variant = _find(name)
     signature = inspect.signature(family.__init__).parameters
     row = asdict(variant)
@@ -121,7 +119,7 @@ def build(name: str, num_classes: int, in_channels: int, overrides: Mapping[str,
         raise _unknown(name, unknown, known)
     own = {key: value for key, value in asdict(variant).items() if key in known}
     model = family(num_classes=num_classes, in_channels=in_channels, **(own | dict(overrides)))
-    # a mean and a deviation for every input channel; ImageNet's belong to RGB
+    # ImageNet's mean and standard deviation apply to RGB only
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.5,) * in_channels, (0.25,) * in_channels)
     model.info = ModelInfo(
         name,

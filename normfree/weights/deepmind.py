@@ -1,7 +1,7 @@
 """The authors' released weight files, `F0_haiku.npz` … `F6_haiku.npz`: two-level mappings of numpy arrays.
 
-In spite of their name the files are pickles (made with dill). They are read by an unpickler that knows numbers, arrays
-and mappings and refuses everything else by name, so that no code in a file can run.
+Despite their suffix the files are pickles (made with dill). A restricted unpickler reads numbers, arrays and mappings
+and refuses everything else by name, so no code in a file can run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAMILIES = {
     "nf_resnet": ("NF_ResNet", "nf_res_block"),
     "nf_regnet": ("NF_RegNet", "nf_block"),
 }
-# options of ours of which the released code has this value only
+# options of ours for which the released code has one value only
 FIXED: dict[str, Any] = dict(
     padding="same",
     gamma_in_conv=False,
@@ -46,21 +46,21 @@ FIXED: dict[str, Any] = dict(
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 spell bytes."""
+    """Bytes in pickles of protocol 2."""
     if encoding != "latin1":
         raise Refused(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _array(subtype: type, shape: tuple, dtype: Any) -> np.ndarray:
-    """The empty array that numpy's pickles fill afterwards."""
+    """The empty array that a numpy pickle fills afterwards."""
     if subtype is not Placeholder or tuple(shape) != (0,):
         raise Refused(f"an array of type {subtype!r} and shape {shape!r}")
     return np.ndarray((0,), dtype=np.dtype(dtype))
 
 
 def _array_at_once(rebuild: Callable, arguments: tuple, state: tuple, attributes: Any = None) -> np.ndarray:
-    """How dill and JAX spell an array: what pickle does in two steps, in one call. JAX adds what it knows of types."""
+    """An array in pickles of dill and JAX: the two steps of pickle in one call. JAX adds type attributes."""
     array = rebuild(*arguments)
     if not isinstance(array, np.ndarray):
         raise Refused(f"an array made by {rebuild!r}")
@@ -69,7 +69,7 @@ def _array_at_once(rebuild: Callable, arguments: tuple, state: tuple, attributes
 
 
 def _array_of_bytes(data: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    """How pickles of protocol 5 spell an array."""
+    """An array in pickles of protocol 5."""
     return np.frombuffer(data, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
@@ -102,9 +102,9 @@ class _HaikuUnpickler(Unpickler):
 
 
 def read_haiku(path: str | os.PathLike) -> Tree:
-    """{module: {name: array}} of a file; InputError in one line if it holds anything but numbers in mappings.
+    """{module: {name: array}}; InputError, in one line, if the file holds anything but numbers in mappings.
 
-    Of a checkpoint, a mapping or tuple of several such trees: the average, where there is one, else the parameters.
+    From a checkpoint with several such trees, the average is read if there is one, otherwise the parameters.
     """
     path = Path(path)
     try:
@@ -115,12 +115,12 @@ def read_haiku(path: str | os.PathLike) -> Tree:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly every type
         reason = one_line(error, 120)
-        raise InputError(f"{path} is damaged or no haiku weight file ({type(error).__name__}: {reason})") from None
+        raise InputError(f"{path} is damaged or not a haiku weight file ({type(error).__name__}: {reason})") from None
     if not leaves or not isinstance(content, Mapping | tuple | list):
-        raise InputError(f"{path} is no haiku weight file: modules with named arrays are expected")
+        raise InputError(f"{path} is not a haiku weight file: modules with named arrays are expected")
     for place, leaf in leaves.items():
         if not isinstance(leaf, np.ndarray | int | float) or np.asarray(leaf).dtype.kind not in "fiub":
-            raise InputError(f"{path} is no haiku weight file: {place} is no array of floats")
+            raise InputError(f"{path} is not a haiku weight file: {place} is not an array of floats")
     roots = "|".join(root for root, _ in FAMILIES.values())
     before = {found[1]: None for place in leaves if (found := re.match(rf"(|.*?/)(?:{roots})/", place))}
     prefix = min(before, key=lambda place: ("ema" not in place, "params" not in place), default="")
@@ -130,13 +130,13 @@ def read_haiku(path: str | os.PathLike) -> Tree:
         if not place.startswith(prefix):
             continue
         if not module or not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f":
-            raise InputError(f"{path} is no haiku weight file: {place} is no array of floats")
+            raise InputError(f"{path} is not a haiku weight file: {place} is not an array of floats")
         tree.setdefault(module, {})[name] = leaf
     return tree
 
 
 def _leaves(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Whatever is no mapping or sequence, and where it is; None, what is empty and what came before are left out."""
+    """The path and value of every leaf of nested mappings and sequences; None and repeated containers are skipped."""
     seen = set() if seen is None else seen
     items = content.items() if isinstance(content, Mapping) else None
     items = enumerate(content) if isinstance(content, tuple | list) else items
@@ -149,7 +149,7 @@ def _leaves(content: Any, place: str = "", seen: set[int] | None = None) -> Iter
 
 
 def write_haiku(path: str | os.PathLike, tree: Tree) -> None:
-    """A file that the released code reads, and `read_haiku`."""
+    """Writes a file that the released code and `read_haiku` can read."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         pickle.dump(tree, file, protocol=4)
 
@@ -218,7 +218,7 @@ def _blocks(keys: Mapping[str, Any]) -> list[str]:
 def from_haiku(tree: Tree, like: Mapping[str, Tensor], family: str) -> tuple[dict[str, Tensor], Report]:
     """The tensors of `tree` under our names and in our layout (HWIO -> OIHW, IN x OUT -> OUT x IN).
 
-    `like` is a state dict of the network that they are for; what differs from it in name or shape is in the report.
+    `like` is a state dict of the network to be filled. The report lists what differs in name or shape.
     """
     blocks, report, state = _blocks(like), Report(), {}
     left = {(module, name) for module, arrays in tree.items() for name in arrays}

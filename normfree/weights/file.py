@@ -37,7 +37,7 @@ def package_version(package: str = "normfree") -> str:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """Lists from JSON as tuples, recursively."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -45,11 +45,11 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the header of a weight file holds beside the tensors.
+    """The header of a weight file.
 
-    `overrides` are the keyword arguments of `create_model`; pixels are sides of square inputs; `mean` and `std` belong
-    to pixels in [0, 1]; `eval_crop` and `crop_fraction` name the preparation (normfree.data.EvalTransform);
-    `trained_on` are hashes of some of the training images, by which an evaluation on the same images is found out.
+    `overrides` are keyword arguments of `create_model`; `train_px` and `eval_px` are sides of square inputs; `mean` and
+    `std` apply to pixels in [0, 1]; `eval_crop` and `crop_fraction` are those of `normfree.data.EvalTransform`;
+    `trained_on` holds hashes of some training images, which reveal an evaluation on the same images.
     """
 
     architecture: str
@@ -110,7 +110,7 @@ def spelled(options: Mapping[str, Any]) -> str:
 
 @dataclass
 class Report:
-    """What became of every tensor of a foreign file, by name: ours where we have it, else the file's own."""
+    """What became of every tensor of a foreign file, by our name, or by the file's if we have none."""
 
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Weights:
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: ModelInfo) -> None:
-    """A file of ours: all of it or, on an error, none. InputError for a header that could not be read again."""
+    """Writes a file of ours, whole or not at all. InputError for a header that could not be read back."""
     try:
         metadata = info.to_metadata()
         ModelInfo.from_metadata(metadata)
@@ -177,13 +177,13 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], info: Mo
         raise InputError(f"cannot write {path}: its header would be unreadable ({error})") from None
     if any(value.is_meta for value in state.values()):
         raise InputError(f"cannot write {path}: the network is on the device meta, where tensors hold no numbers")
-    # copies share no memory, which safetensors refuses
+    # copies, because safetensors refuses tensors that share memory
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     write_tensors(path, tensors, metadata)
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file: all of it or, on an error, none. Errors are those of `replacing`."""
+    """Writes a safetensors file, whole or not at all. Errors are those of `replacing`."""
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -193,7 +193,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
 
 
 def file_kind(path: str | os.PathLike) -> Literal["normfree", "safetensors", "torch", "haiku"]:
-    """What a weight file is by its first bytes and header; "normfree" for what is none, so that it is refused."""
+    """The format of a weight file, from its first bytes and header; "normfree", whose reader refuses it, for none."""
     with open(path, "rb") as file:
         start = file.read(len(OLD_TORCH))
     # safetensors' first eight bytes are the length of its header, and may look like anything
@@ -221,7 +221,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], ModelInfo]
             state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
         reason = one_line(error)
-        raise InputError(f"{path} is damaged or no safetensors file ({reason})") from None
+        raise InputError(f"{path} is damaged or not a safetensors file ({reason})") from None
     try:
         return state, ModelInfo.from_metadata(metadata)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

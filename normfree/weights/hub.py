@@ -1,7 +1,7 @@
 """Weight files from and to the Hugging Face Hub, named `hf://owner/name[@revision][/path/in/repo]`.
 
 The work is done by the optional library huggingface_hub, imported on first use. It follows its own environment
-variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE, HF_TOKEN). It compares sizes; hashes are compared here.
+variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE, HF_TOKEN). It checks sizes; hashes are checked here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class HubURI:
-    """A model repository `owner_name`, a branch, tag or commit (None: main), and a path in it (None: not said)."""
+    """A model repository `owner_name`, a branch, tag or commit (None: main), and a path in it or None."""
 
     owner_name: str
     revision: str | None = None
@@ -59,8 +59,8 @@ def parse_uri(uri: str) -> HubURI:
 def fetch(uri: str, names: Sequence[str] | None = None) -> Path:
     """Path in the cache of one file: the URI's own, else the first of `names` (`WEIGHT_FILES`) that the repository has.
 
-    A file whose content does not have the hash under which the Hub lists it is deleted and refused, also when it was
-    in the cache before. InputError, in one line, for every failure.
+    A file whose content does not match the hash that the Hub lists is deleted and refused, even if it was already in
+    the cache. InputError, in one line, for every failure.
     """
     hub = parse_uri(uri)
     files = (hub.file,) if hub.file else tuple(names or WEIGHT_FILES)
@@ -73,9 +73,9 @@ def fetch(uri: str, names: Sequence[str] | None = None) -> Path:
 
 
 def fetch_config(uri: str) -> dict[str, Any] | None:
-    """The repository's `config.json`, which names architecture and input; None where it has none.
+    """The repository's `config.json`, which names architecture and input; None if there is none.
 
-    Errors as in `fetch`; InputError too if the file is no JSON object.
+    Errors as in `fetch`; InputError also if the file is not a JSON object.
     """
     hub = parse_uri(uri)
     with _plain_errors(hub):
@@ -93,8 +93,8 @@ def fetch_config(uri: str) -> dict[str, Any] | None:
 def push(path: str | os.PathLike, uri: str, card: str | None = None, private: bool = False) -> str:
     """Uploads one local file, and `card` as README.md, in one commit; returns the commit's web address.
 
-    The file is called `model.safetensors` there, or as the URI says. A repository that is not there yet is created,
-    visible to all unless `private`. InputError, in one line, for every failure.
+    The file is named `model.safetensors`, or as in the URI. A missing repository is created, public unless `private`.
+    InputError, in one line, for every failure.
     """
     hub = parse_uri(uri)
     name = hub.file or WEIGHT_FILES[0]
@@ -113,7 +113,7 @@ def push(path: str | os.PathLike, uri: str, card: str | None = None, private: bo
 
 
 def _find(hub: HubURI, files: Sequence[str]) -> Path | None:
-    """Verified path in the cache of the first of `files` that the repository has; None where it has none of them."""
+    """Verified path in the cache of the first of `files` that the repository has; None if it has none of them."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError, RevisionNotFoundError
 
@@ -139,9 +139,9 @@ def _find(hub: HubURI, files: Sequence[str]) -> Path | None:
 
 
 def _verified(path: Path) -> Path:
-    """`path` if it has the hash that its blob in the cache is named after: sha256 for LFS files, git's own for others.
+    """`path` if its content matches the hash in its blob's name: sha256 for LFS files, git's own for others.
 
-    Blobs with other names, and caches without symbolic links, keep no hash to compare with.
+    Blobs with other names, and caches without symbolic links, have no hash to compare with.
     """
     blob = path.parent / os.readlink(path) if path.is_symlink() else path
     expected = blob.name
@@ -180,12 +180,12 @@ def _reason(error: Exception, hub: HubURI, writing: bool) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what these two wrap says more
+        error = error.__cause__  # these two wrap a more informative error
     site, repo = constants.ENDPOINT, hub.owner_name
-    status, said = 0, str(error)
+    status, answer = 0, str(error)
     if isinstance(error, errors.HfHubHTTPError):
-        status, said = error.response.status_code, error.server_message
-    said = " ".join((said or type(error).__name__).split())[:200]
+        status, answer = error.response.status_code, error.server_message
+    answer = " ".join((answer or type(error).__name__).split())[:200]
     if isinstance(error, errors.OfflineModeIsEnabled):
         place = "nothing can be uploaded" if writing else f"{repo} is not in the cache {constants.HF_HUB_CACHE}"
         return f"HF_HUB_OFFLINE is set and {place}: unset it"
@@ -198,7 +198,7 @@ def _reason(error: Exception, hub: HubURI, writing: bool) -> str:
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return f"{site} has no repository {repo}, or it is private: check the name, or {_LOG_IN}"
     if status:
-        return f"{site} answered {status} for {repo} ({said}): check HF_ENDPOINT and HF_TOKEN, or try again later"
+        return f"{site} answered {status} for {repo} ({answer}): check HF_ENDPOINT and HF_TOKEN, or try again later"
     if isinstance(error, errors.HTTPError):
-        return f"no connection to {site} ({said}): check the network and HF_ENDPOINT, or try again"
-    return f"{'uploading to' if writing else 'downloading from'} {repo} failed ({said})"
+        return f"no connection to {site} ({answer}): check the network and HF_ENDPOINT, or try again"
+    return f"{'uploading to' if writing else 'downloading from'} {repo} failed ({answer})"

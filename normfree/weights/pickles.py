@@ -1,8 +1,8 @@
-"""Numbers from pickles, with nothing of the pickle run; torch.save's files among them.
+"""Numbers from pickles, files of torch.save included, without running any code in them.
 
-A pickle names functions and classes, and reading it calls them. Here a name stands for what this package says, never
-for what Python would import. Of a checkpoint's other contents (options, paths, dates, objects of anyone's classes)
-empty placeholders are made; a call of any other function is refused by its name.
+A pickle names functions and classes, and unpickling calls them. Here each name maps to a replacement in this package,
+and nothing is imported. Empty placeholders stand for a checkpoint's other contents (options, paths, dates, objects of
+any class). A call of any other function is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Refused(pickle.UnpicklingError):
 
 
 class Placeholder:
-    """An object of a class that is not imported; it takes whatever it is filled with, and keeps none of it."""
+    """Stands for an object of any class. It accepts all content and keeps none."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
         return super().__new__(cls)
@@ -44,13 +44,13 @@ class Placeholder:
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows the names that are `admitted`, and what each stands for; any other is refused."""
+    """Unpickles only names that are `admitted`, each as its replacement; any other is refused."""
 
     admitted: ClassVar[Mapping[str, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """What a global of the pickle stands for; nothing is imported."""
-        name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # Python 2's modules, which protocol 2 still writes
+        name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # protocol 2 writes Python 2's module names
         meaning = self.admitted[name] if name in self.admitted else self.unknown(name)
         # a pickle can set attributes of a function, but not of a placeholder
         return _calling(meaning) if isinstance(meaning, FunctionType) else meaning
@@ -65,14 +65,14 @@ def _calling(function: Callable[..., Any]) -> type:
 
 
 class _Uncallable(Placeholder):
-    """For modules whose functions do things. Pickles make most objects by `__new__` alone, and functions are called."""
+    """For modules whose functions have effects. Pickles call functions, but create most objects by `__new__` alone."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         raise Refused(type(self).__name__)
 
 
 class _Mapping(dict):
-    """Stands for an OrderedDict, a Counter or a defaultdict, whose attributes and factory are left out."""
+    """Stands for an OrderedDict, a Counter or a defaultdict, without attributes and factory."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*(each for each in arguments if isinstance(each, dict | list)))
@@ -82,16 +82,16 @@ class _Mapping(dict):
 
 
 class _Bytes(Placeholder):
-    """Stands for UntypedStorage. torch.load knows the other storages by their names."""
+    """Stands for UntypedStorage; torch.load resolves the other storage classes by name."""
 
     dtype = torch.uint8
 
 
 def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
-    """A view of a storage. `more` are hooks and the like, left out, and in torch's third spelling the type."""
+    """A view of a storage. `more` holds hooks and the like, which are ignored, and in `_v3` the dtype."""
     dtype = next((each for each in more if isinstance(each, torch.dtype)), storage.dtype)
     tensor = torch.empty(0, dtype=dtype)
-    if tensor.is_quantized:  # of which torch would not check that they are inside their storage
+    if tensor.is_quantized:  # torch does not check that these lie inside their storage
         raise ValueError(f"a tensor of type {dtype}")
     return tensor.set_(untyped(storage), offset, size, stride)
 
@@ -104,7 +104,7 @@ def _subclass(rebuild: Callable[..., Any], kind: Any, arguments: tuple, state: A
     return rebuild(*arguments)
 
 
-# what is called in the pickles of data: by everyone's options, logs and random states
+# harmless functions and classes in pickles of options, logs and random states
 _DATA = re.compile(
     r"""builtins\.(set|frozenset|complex|bytearray|slice|range) | copyreg\._reconstructor | _codecs\.encode
     | argparse\.Namespace | types\.SimpleNamespace | collections\.deque | datetime\.\w+ | decimal\.Decimal
@@ -135,9 +135,9 @@ class _TorchUnpickler(Unpickler):
 
 
 def load_torch(path: Path) -> Any:
-    """What torch.save wrote: its tensors on the CPU, and placeholders for all that is no number, text or collection.
+    """The content of a torch.save file: tensors on the CPU, and placeholders for all but numbers, text and collections.
 
-    Damaged files raise nearly any type of error; `Refused` names a function that a file wants to call.
+    Damaged files raise nearly any type of exception. `Refused` names a function that a file tries to call.
     """
     with path.open("rb") as opened:
         file: Any = opened
@@ -158,13 +158,13 @@ def load_torch(path: Path) -> Any:
 
 
 def _load(file: Any) -> Any:
-    """torch.load with `_TorchUnpickler`, or where the environment forbids that, with torch's own restricted one."""
+    """torch.load with `_TorchUnpickler`, or with torch's own restricted unpickler if the environment demands it."""
     if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
         try:
             return torch.load(file, "cpu", weights_only=True, mmap=False)
         except pickle.UnpicklingError:
             raise Refused("what TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids") from None
-    unfilled: set[Any] = set()  # storages of an old file, whose numbers come after the pickle that needs them
+    unfilled: set[Any] = set()  # storages of an old file, whose data follow the pickle
 
     class Ours(_TorchUnpickler):
         def load(self) -> Any:

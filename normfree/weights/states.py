@@ -1,4 +1,4 @@
-"""State dicts from files that say nothing of their network: torch's and timm's, checkpoints of any training script."""
+"""State dicts from files without a header: torch's and timm's, and checkpoints of any training script."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from normfree.weights.file import (
 )
 from normfree.weights.pickles import Placeholder, Refused, load_torch
 
-# what compilation, sharding and recomputation put into names, wherever it is
+# parts of names that compilation, sharding and activation checkpointing insert
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
-# where scripts keep weights, the best first: averages, then the network as it is
+# keys under which training scripts store weights, preferred ones first: averages, then the network itself
 _PLACES = (
     *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "params_ema", "averages", "swa"),
     *("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params"),
@@ -37,10 +37,10 @@ _PLACES = (
 
 
 def plain_names(state: Mapping[str, Any], path: object) -> tuple[dict[str, Any], list[str]]:
-    """`state` without what wrappers put before the names of a network's tensors, and the names that are not of it.
+    """`state` without the prefixes of wrappers, and the names that do not belong to the network.
 
-    Wrappers are `torch.compile`, DDP, FSDP, averages, and modules that have the network as an attribute. InputError
-    where a file holds several networks.
+    Wrappers are `torch.compile`, DDP, FSDP, averages, and modules with the network as an attribute. InputError if there
+    are several networks.
 
     >>> plain_names({"n_averaged": 3, "module._orig_mod.stem.conv.bias": 1, "module.head.fc.bias": 2}, "x.pth")
     ({'stem.conv.bias': 1, 'head.fc.bias': 2}, [])
@@ -108,10 +108,10 @@ def read_own_state(
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """A state dict with plain names from a .safetensors or a torch file, and notes on which one of it that is.
+    """A state dict with plain names from a .safetensors or torch file, and notes on where in the file it was.
 
-    Of a checkpoint: an average of the weights, where there is one. Nothing of a file is run. InputError, in one line,
-    for anything else.
+    From a checkpoint, an average of the weights is preferred. No code in a file runs. InputError, in one line, for
+    anything else.
     """
     try:
         place, state = _pick(load_torch(path), path) if file_kind(path) == "torch" else ("", load_file(path))
@@ -123,21 +123,21 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle or archive can raise nearly every type
         reason = one_line(error, 120)
-        raise InputError(f"{path} is damaged or no weight file ({reason})") from None
+        raise InputError(f"{path} is damaged or not a weight file ({reason})") from None
     notes = [f"the weights are its {place!r}"] if place else []
     notes += [f"left out: {some(left)}"] if left else []
     return tensors, tuple(notes)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Contiguous, in memory of its own: aligned as torch's is, since sums over other tensors differ in the last bit."""
+    """A contiguous copy in memory that torch aligned: sums over unaligned tensors differ in the last bit."""
     if tensor.is_complex() or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor of {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The state dict in a torch file and where it is: "" for the file itself."""
+    """The path of the state dict in a torch file ("" for the file itself), and the state dict."""
     everything = dict(_walk(content))
     found = {
         place: each
@@ -150,7 +150,7 @@ def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         for name in objects:
             if "." in name:
                 raise Refused(f"{name}: save the network's state_dict()")
-        raise InputError(f"{path} holds no state dict: names with tensors are expected")
+        raise InputError(f"{path} holds no state dict, a mapping of names to tensors")
 
     def rank(place: str) -> int:
         return min((_PLACES.index(part) for part in place.split("/") if part in _PLACES), default=len(_PLACES))
@@ -166,7 +166,7 @@ def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _walk(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Everything in mappings and sequences within each other, once, and where it is."""
+    """Every value in nested mappings and sequences, once, with its path."""
     seen = set() if seen is None else seen
     if id(content) in seen:
         return

@@ -1,7 +1,7 @@
-"""timm's normalizer-free networks: which of ours each one is, their tensors' names and shapes, their files.
+"""timm's normalizer-free networks: their counterparts among ours, names and shapes of tensors, files.
 
-timm computes a little differently (docs/parity.md). A network of ours does the same with the options in
-`ARCHITECTURES`, which a converted file records, so the function is kept to rounding.
+timm's arithmetic differs slightly (docs/parity.md). With the options in `ARCHITECTURES`, which a converted file
+records, a network of ours computes the same to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _reg(final_width: int, *width: int) -> dict[str, Any]:
     return _OWN | {"channel_divisor": 8, "width": width, "final_width": final_width}
 
 
-# timm's name -> our name and the options that make ours compute what timm's does
+# timm's name -> our name, and the options with which ours computes the same
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"dm_nfnet_f{i}": (f"nfnet_f{i}", _DM) for i in range(7)},
     **{f"nfnet_f{i}": (f"nfnet_f{i}", _OWN | _DM) for i in range(8)},
@@ -58,7 +58,7 @@ _REGNETS: dict[tuple[int, ...], str] = {
     (3, 7, 14, 14): "b5",
 }
 
-# How timm prepares pictures for its own weights, where our variant says otherwise: training px, test px, share cropped.
+# timm's training px, test px and crop fraction for its own weights, if they differ from our variant's
 _PREPARED = {"nf_resnet50": (256, 288, 0.94), "nf_regnet_b1": (256, 288, 0.9), "nfnet_l0": (224, 288, 1.0)}
 _PREPARED |= {
     f"eca_nfnet_l{i}": (px, test_px, 1.0) for i, (px, test_px) in enumerate([(224, 288), (256, 320), (320, 384)])
@@ -110,9 +110,9 @@ def read_timm(
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
-    """Name of timm's architecture that has these tensors, its classes and input channels.
+    """The name of timm's architecture, the number of classes and of input channels.
 
-    InputError if it is none of `ARCHITECTURES`.
+    InputError if the tensors are of none of `ARCHITECTURES`.
     """
     blocks = depth(state)
     gate = "eca" if any(key.endswith("attn_last.conv.weight") for key in state) else ""
@@ -132,29 +132,29 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
     stem = state.get("stem.conv1.weight", state.get("stem.conv.weight"))
     if name not in ARCHITECTURES or stem is None or stem.ndim != 4:
         raise InputError(
-            "it is no file that normfree wrote, nor are its tensors of a normalizer-free network of timm's"
+            "normfree did not write this file, nor are its tensors those of one of timm's normalizer-free networks"
         )
     return name, size(state, "head.fc"), stem.shape[1]
 
 
 def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `ModelInfo` says of the images: from a Hub repository's config.json, or from timm's table.
+    """The fields of `ModelInfo` that describe images, from a repository's config.json or else from timm's table.
 
-    timm squeezes pictures for DeepMind's weights to a square as the authors do, and takes the middle for its own.
+    timm squeezes images to a square for DeepMind's weights, as the authors do, and crops the center for its own.
     """
-    said: dict[str, Any] = {}
+    prepared: dict[str, Any] = {}
     if name in _PREPARED:
         train_px, eval_px, crop = _PREPARED[name]
-        said = dict(train_px=train_px, eval_px=eval_px, crop_fraction=crop)
-    said["eval_crop"] = "resize_crop" if name.startswith("dm_") else "center"
+        prepared = dict(train_px=train_px, eval_px=eval_px, crop_fraction=crop)
+    prepared["eval_crop"] = "resize_crop" if name.startswith("dm_") else "center"
     if config is not None:
         cfg = config.get("pretrained_cfg", {})
         train = cfg["input_size"]
-        said |= dict(train_px=train[-1], eval_px=cfg.get("test_input_size", train)[-1])
-        said |= dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
-        said |= dict(crop_fraction=cfg.get("test_crop_pct", cfg["crop_pct"]), licence=cfg.get("license", ""))
-        said["eval_crop"] = "resize_crop" if cfg.get("crop_mode") == "squash" else "center"
-    return said
+        prepared |= dict(train_px=train[-1], eval_px=cfg.get("test_input_size", train)[-1])
+        prepared |= dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+        prepared |= dict(crop_fraction=cfg.get("test_crop_pct", cfg["crop_pct"]), licence=cfg.get("license", ""))
+        prepared["eval_crop"] = "resize_crop" if cfg.get("crop_mode") == "squash" else "center"
+    return prepared
 
 
 def _timm_key(key: str, names: Mapping[str, Any]) -> str:
@@ -166,7 +166,7 @@ def _timm_key(key: str, names: Mapping[str, Any]) -> str:
 def from_timm(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     """timm's tensors under our names and in our shapes: gains (C,), squeeze-excite (out, in).
 
-    `like` is a state dict of the network that they are for; what differs from it in name or shape is in the report.
+    `like` is a state dict of the network to be filled. The report lists what differs in name or shape.
     """
     report, ours, left = Report(), {}, dict(state)
     for key, own in like.items():
@@ -196,24 +196,24 @@ def to_timm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def write_timm(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
-    """A state dict as .safetensors, or with any other ending as torch.save writes it."""
+    """Writes a state dict as .safetensors, or with torch.save for any other suffix."""
     if Path(path).suffix == ".safetensors":
         write_tensors(path, state, {"format": "pt"})
         return
-    content = io.BytesIO()  # torch names no cause where it cannot write
+    content = io.BytesIO()  # torch.save gives no reason if it cannot write
     torch.save(state, content)
     with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def _deviation(weight: Tensor, eps: float | None) -> Tensor:
-    """What weight standardization with epsilon `eps` divides each output channel by, (out,) float64."""
+    """The divisor of weight standardization with epsilon `eps` for each output channel: (out,) float64."""
     var, fan_in = weight.double().flatten(1).var(1, correction=0), weight[0].numel()
     return (var * fan_in).clamp(min=1e-4).sqrt() if eps is None else ((var + eps) * fan_in).sqrt()
 
 
 def with_epsilon(state: Mapping[str, Tensor], old: float | None, new: float | None) -> dict[str, Tensor]:
-    """The gains with which weight standardization with epsilon `new` gives what `state` gives with `old` (`WSConv`)."""
+    """`state` with gains changed so that epsilon `new` gives the same standardized weights as `old` (`WSConv`)."""
     state = dict(state)
     if old == new:
         return state
@@ -224,11 +224,11 @@ def with_epsilon(state: Mapping[str, Tensor], old: float | None, new: float | No
 
 
 def with_channels(state: Mapping[str, Tensor], layer: str, channels: int, eps: float | None) -> dict[str, Tensor]:
-    """The first convolution, called `layer`, for images of another number of channels, as timm adapts it.
+    """`state` with its first convolution, called `layer`, adapted to another number of channels, as in timm.
 
-    One channel: the filter's sum over its channels. More: its channels again and again, smaller in proportion. Weight
-    standardization would give the new filter the old one's length; its gain takes the ratio, so that one channel, and
-    any multiple of the old channels, see what images with equal channels saw before.
+    For one channel, the filter is summed over its channels. For more, the channels are repeated and scaled down in
+    proportion. Weight standardization would undo the change in scale, so the gain takes the ratio. One channel, or a
+    multiple of the old number, then gives what equal channels gave before.
     """
     state = dict(state)
     weight, gain = state[f"{layer}.weight"], f"{layer}.gain"
