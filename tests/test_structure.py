@@ -178,7 +178,7 @@ def test_public_names_have_docstrings():
     found = public_definitions()
     missing = [name for name, documented in found.items() if not documented]
     share = 1 - len(missing) / len(found)
-    assert share >= 0.79, f"{share:.1%} of {len(found)} public names have a docstring; without one:\n" + "\n".join(
+    assert share >= 0.9, f"{share:.1%} of {len(found)} public names have a docstring; without one:\n" + "\n".join(
         missing
     )
 
