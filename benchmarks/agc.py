@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfree.engine.device import processor
 from normfree.models import create_model
 from normfree.native import library
 from normfree.optim import EMA, SGD_AGC, adaptive_clip_grad_, param_groups
@@ -209,9 +209,7 @@ def main() -> None:
         print(f"  (bound {1e3 * result['bound_seconds']['update']:.1f} ms)")
         print("  ratios  " + "  ".join(f"{k} {v:.2f}" for k, v in ratios.items()), flush=True)
     environment = {
-        "machine": torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -43,6 +42,7 @@ from normfree.data import (
     train_batches,
 )
 from normfree.data.pack import pack
+from normfree.engine.device import processor
 
 PX, BATCH, WARM_BATCHES = 192, 32, 4
 SHORT_PX, QUALITY = 400, 90
@@ -226,7 +226,7 @@ def write_parquet(images: LabelledImages, path: Path) -> None:
 def environment(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("train/*/*.jpg"))
     return {
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from timm.utils import ModelEmaV2
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
+from normfree.engine.device import processor
 from normfree.models import create_model
 from normfree.native import library
 from normfree.optim import EMA, SGD_AGC, param_groups
@@ -173,7 +173,7 @@ def main() -> None:
             "memory: normfree / timm": memory["normfree"] / memory["timm"],
         },
         "environment": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "timm": timm.__version__,

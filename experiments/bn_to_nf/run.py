@@ -2,9 +2,8 @@
 
     python experiments/bn_to_nf/run.py DATA --model resnet18 --norm nf --batch 4 --out nf.json
 
-Both sides see the same images in the same order, start from the same random weights and follow the same schedule. The
-normalizer-free one has its gradients clipped (AGC), the other if asked. The result is written after every epoch, so
-that a run that is stopped keeps what it has.
+Both versions see the same images in the same order, start from the same random weights and follow the same schedule.
+The gradients of the normalizer-free one are clipped by AGC, those of the other on request.
 """
 
 from __future__ import annotations
@@ -12,37 +11,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import time
-from collections.abc import Iterator
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
+from normfree.config import ClassificationRun, DataConfig, MachineConfig, ModelConfig, OptimConfig
 from normfree.conversion.convert import convert_to_nf
-from normfree.data import (
-    Batch,
-    EvalTransform,
-    LabelledImages,
-    TrainTransform,
-    eval_batches,
-    open_dataset,
-    train_batches,
-)
-from normfree.optim import SGD_AGC, param_groups, warmup_cosine
+from normfree.data import open_dataset
+from normfree.engine import run as engine
+from normfree.engine.device import processor
+from normfree.engine.loop import Diverged
+from normfree.engine.update import Update
 from normfree.tasks.accuracy import prepare
+from normfree.tasks.classification import Classification
+from normfree.weights import ModelInfo
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 LR = 0.01  # peak, at both batch sizes the best of those tried for resnet18 with batch normalization
 CLIPPING = {4: 0.16, 32: 0.08}  # λ of AGC by batch size: the noisier the gradient, the more room it needs
 CALIBRATION_IMAGES = 64  # on which the converter measures its scales
 IMAGES_PER_POINT = 128  # of the training curve
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
 
 
@@ -68,73 +62,61 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def stream(args: argparse.Namespace, images: LabelledImages, batch_size: int, stop_step: int) -> Iterator[Batch]:
-    """Augmented training images, in an order that depends on the seed alone."""
-    transform = TrainTransform(args.px, min_area=args.min_area)
-    return train_batches(
-        images,
-        transform,
-        batch_size=batch_size,
-        seed=args.seed,
-        start_step=0,
-        stop_step=stop_step,
-        workers=0,
-        min_px=transform.min_px,
+class TorchvisionClassification(Classification):
+    """Classification by a network that is none of ours, whose weight file names no architecture."""
+
+    def save(self, path: Path) -> None:
+        save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, path)
+
+    def group_of(self, name: str) -> str:
+        return name.partition(".")[0]
+
+
+def configure(args: argparse.Namespace) -> ClassificationRun:
+    optim = OptimConfig(
+        epochs=args.epochs,
+        batch_size=args.batch,
+        lr=args.lr,
+        warmup_epochs=args.warmup_epochs,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        clip="agc" if args.clipping else "none",
+        clipping=args.clipping,
+        label_smoothing=args.label_smoothing,
+        ema_decay=0.0,  # the average is the weights
     )
+    data = DataConfig(args.data, train_px=args.px, eval_px=args.px, min_area=args.min_area)
+    machine = MachineConfig(device="cpu", workers=0, log_every=1, checkpoint_minutes=1e9)
+    return ClassificationRun(ModelConfig(args.model), data, optim, machine, args.seed)
 
 
-def build(args: argparse.Namespace, train_set: LabelledImages) -> tuple[nn.Module, SGD_AGC]:
-    """The network with random initial weights, which depend on model and seed alone, and its optimizer."""
-    torch.manual_seed(args.seed)
-    model = torchvision.models.get_model(args.model, num_classes=len(train_set.class_names))
+def build(args: argparse.Namespace, run: ClassificationRun) -> engine.Job:
+    """The job with random initial weights, which depend on model and seed alone."""
+    train_set, validation_set = open_dataset(args.data)
+    names = tuple(train_set.class_names)
+    info = ModelInfo(args.model, len(names), class_names=names, train_px=args.px, eval_px=args.px, eval_crop="center")
+    torch.manual_seed(run.seed)
+    model: nn.Module = torchvision.models.get_model(args.model, num_classes=len(names))
+    task = TorchvisionClassification(model, info, train_set, validation_set, run, CPU)  # type: ignore[arg-type]
     if args.norm == "nf":
-        first = next(stream(args, train_set, CALIBRATION_IMAGES, stop_step=1))
-        model = convert_to_nf(model, prepare(first.images, MEAN, STD, CPU))
-    model = model.to(memory_format=torch.channels_last)
-    groups = param_groups(model, args.weight_decay, args.clipping, classifier=model.fc)
-    # Where args.clipping is None this is torch.optim.SGD with Nesterov momentum.
-    return model, SGD_AGC(groups, lr=0.0, momentum=args.momentum)
-
-
-def train_step(model: nn.Module, optimizer: SGD_AGC, batch: Batch, lr: float, label_smoothing: float) -> float:
-    """The loss before the step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    logits = model(prepare(batch.images, MEAN, STD, CPU))
-    loss = F.cross_entropy(logits, batch.targets, label_smoothing=label_smoothing)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-@torch.inference_mode()
-def validate(model: nn.Module, images: LabelledImages, px: int) -> tuple[float, float]:
-    """Top-1 in percent and mean cross-entropy, without label smoothing."""
-    transform = EvalTransform(px)
-    right, loss = 0, 0.0
-    model.eval()
-    for batch in eval_batches(images, transform, batch_size=64, workers=0, min_px=transform.min_px):
-        logits = model(prepare(batch.images, MEAN, STD, CPU))
-        right += int((logits.argmax(1) == batch.targets).sum())
-        loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
-    model.train()
-    return 100 * right / len(images), loss / len(images)
-
-
-def describe(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """The head of a result: everything that was set, and where it ran."""
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    return {
-        "settings": settings | {"data": Path(args.data).name},
-        "environment": {name: version(name) for name in ("normfree", "torch", "torchvision")}
-        | {"device": "cpu", "threads": torch.get_num_threads()},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "diverged_at_step": None,
-        "epochs": [],
-        "images_per_point": IMAGES_PER_POINT,
-        "train_loss": [],
-    }
+        batches = list(task.read(range(math.ceil(CALIBRATION_IMAGES / args.batch)), workers=0))
+        first = torch.cat([batch.images for batch in batches])[:CALIBRATION_IMAGES]
+        model = convert_to_nf(model, prepare(first, info.mean, info.std, CPU))
+    task.model = model.to(memory_format=torch.channels_last)  # type: ignore[assignment]
+    return engine.Job(
+        run,
+        task,
+        Update(task.model, run.optim, classifier=task.model.fc),
+        engine.make_plan(run, len(train_set)),
+        name=args.out.stem,
+        source=args.data,
+        data={"held_out": False, "images": {}},
+        description=[],
+        notes=(),
+        preview=lambda: task.read(range(3), workers=0),
+        workers=0,
+        evaluation=(len(validation_set) / args.batch, 1 / 3),
+    )
 
 
 def rounded(x: float) -> float | None:
@@ -142,49 +124,55 @@ def rounded(x: float) -> float | None:
     return float(f"{x:.5g}") if math.isfinite(x) else None
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, path)
+def mean(values: list[float]) -> float | None:
+    return rounded(sum(values) / len(values))
 
 
-def train(args: argparse.Namespace) -> None:
-    train_set, validation_set = open_dataset(args.data)
-    model, optimizer = build(args, train_set)
-    result = describe(args, model)
-    steps_per_epoch = len(train_set) // args.batch
-    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    losses: list[float] = []
-    clipped: list[float] = []
-    start = time.perf_counter()
-    for step, batch in enumerate(stream(args, train_set, args.batch, total_steps), 1):
-        lr = warmup_cosine(step - 1, peak_lr=args.lr, total_steps=total_steps, warmup_steps=warmup_steps)
-        losses.append(train_step(model, optimizer, batch, lr, args.label_smoothing))
-        clipped.append(optimizer.stats.clipped_fraction)
-        if not math.isfinite(losses[-1]):
-            result["diverged_at_step"] = step
-            break
-        if step * args.batch % IMAGES_PER_POINT == 0:
-            steps = IMAGES_PER_POINT // args.batch
-            result["train_loss"].append(rounded(sum(losses[-steps:]) / steps))
-        if step % steps_per_epoch == 0:
-            train_seconds = time.perf_counter() - start
-            top1, validation_loss = validate(model, validation_set, args.px)
-            figures = {
-                "top1": rounded(top1),
-                "validation_loss": rounded(validation_loss),
-                "train_loss": rounded(sum(losses[-steps_per_epoch:]) / steps_per_epoch),
-                "mean_clipped_fraction": rounded(sum(clipped[-steps_per_epoch:]) / steps_per_epoch),
-                "largest_clipped_fraction": rounded(max(clipped[-steps_per_epoch:])),
-                "train_seconds": round(train_seconds, 1),
+def summary(lines: list[dict[str, Any]], batch: int) -> dict[str, Any]:
+    """The training loss, and figures of every epoch, from the lines of a log."""
+    steps = [line for line in lines if line["kind"] == "train"]
+    losses = [line["loss"] for line in steps]
+    points = range(0, len(losses) - IMAGES_PER_POINT // batch + 1, IMAGES_PER_POINT // batch)
+    epochs, start = [], 0
+    for line in (line for line in lines if line["kind"] == "eval"):
+        own = steps[start : line["step"]]
+        start = line["step"]
+        clipped = [step["clipped_fraction"] for step in own]
+        epochs.append(
+            {
+                "top1": rounded(line["top1"]),
+                "validation_loss": rounded(line["loss"]),
+                "train_loss": mean([step["loss"] for step in own]),
+                "mean_clipped_fraction": mean(clipped),
+                "largest_clipped_fraction": rounded(max(clipped)),
+                "train_seconds": round(own[-1]["time"] - own[0]["time"], 1),
             }
-            result["epochs"].append(figures)
-            print(args.out.stem, f"epoch {len(result['epochs'])}", figures, flush=True)
-            write(result, args.out)
-            start = time.perf_counter()
-    write(result, args.out)
+        )
+    train_loss = [mean(losses[i : i + IMAGES_PER_POINT // batch]) for i in points]
+    return {"epochs": epochs, "images_per_point": IMAGES_PER_POINT, "train_loss": train_loss}
+
+
+def main() -> None:
+    args = parse_arguments()
+    job = build(args, configure(args))
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    result: dict[str, Any] = {
+        "settings": settings | {"data": Path(args.data).name},
+        "environment": {name: version(name) for name in ("normfree", "torch", "torchvision")}
+        | {"device": "cpu", "cpu": processor(), "threads": torch.get_num_threads()},
+        "parameters": sum(p.numel() for p in job.task.model.parameters()),
+        "diverged_at_step": None,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        try:
+            engine.start(job, run)
+        except Diverged as error:
+            result["diverged_at_step"] = error.step
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    args.out.write_text(json.dumps(result | summary(lines, args.batch), indent=1) + "\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(parse_arguments())
+    main()

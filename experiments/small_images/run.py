@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 
 from normfree.config import ClassificationRun, load_config, options_of, with_options
-from normfree.engine.loop import train
+from normfree.engine.device import processor
+from normfree.engine.loop import Diverged
 from normfree.tasks.choice import choose_recipe
-from normfree.tasks.classification import build
+from normfree.tasks.classification import start
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,21 +39,17 @@ def configure(args: argparse.Namespace) -> ClassificationRun:
         values = json.loads(value) if value[:1] in "[0123456789ntf" else value
         run = with_options(run, {name: tuple(values) if isinstance(values, list) else values})
     if args.twin:
-        run = with_options(run, {"model": f"bn_{run.model.model}", "clipping": None})
+        run = with_options(run, {"model": f"bn_{run.model.model}", "clip": "none", "clipping": None})
     if args.max_norm:
-        run = with_options(run, {"clipping": None})
+        run = with_options(run, {"clip": "norm", "clipping": args.max_norm})
     return replace(run, seed=args.seed)
 
 
-def carry_out(run: ClassificationRun, max_norm: float | None) -> dict[str, Any]:
-    task, optimizer, ema, plan = build(run)
-    if max_norm:
-        params = list(task.model.parameters())
-        optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(params, max_norm) and None)
+def carry_out(run: ClassificationRun) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(task, optimizer, ema, plan, run.machine, Path(folder), run.seed)
-        except RuntimeError as error:  # Diverged
+            start(run, Path(folder))
+        except Diverged as error:
             return {"failed": str(error)}
         return summary(Path(folder))
 
@@ -111,10 +107,10 @@ def main() -> None:
     environment = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": processor(),
         "beside": args.beside,
     }
-    result = summary(args.record) if args.record else carry_out(run, args.max_norm)
+    result = summary(args.record) if args.record else carry_out(run)
     result |= {"max_norm": args.max_norm, "environment": environment}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result | {"config": asdict(run)}, indent=1) + "\n")
