@@ -1,6 +1,6 @@
-"""What layers compute, by kernels and without, against float64 references by PyTorch's plain operations and autograd.
+"""normfree.functional with and without kernels, against float64 references by PyTorch's operations and autograd.
 
-Tolerances count in U, the largest relative error of one float32 rounding.
+Tolerances are multiples of U, the largest relative error of one float32 rounding.
 """
 
 import contextlib
@@ -45,15 +45,14 @@ def kernels(on: bool) -> Iterator[None]:
 
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_kernels), False], ids=["native", "plain"])
-def way(request):
-    """With the kernels, and without."""
+def kernels_on_and_off(request):
     with kernels(request.param):
         yield
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often kernels of convolutions are called: "winograd forward", "... input", "... filters", "conv1x1 ..."."""
+    """Counts the calls of convolution kernels: "winograd forward", "... input", "... filters", "conv1x1 ..."."""
     calls, run = Counter(), dispatch.run
 
     def count(kernel: str, *args: object) -> None:
@@ -73,23 +72,25 @@ def draw(*shape: int, seed: int = 0, memory_format: torch.memory_format = FIRST)
 
 
 def leaves(*tensors: Tensor, double: bool = False) -> list[Tensor]:
-    """Copies in the same order of memory that want a gradient."""
+    """Copies in the same memory format that require a gradient."""
     return [(t.double() if double else t.clone()).requires_grad_() for t in tensors]
 
 
 def derived(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor, double: bool = False) -> list[Tensor]:
-    """Output and gradients of all inputs, from `grad` at the output; with `double` in float64."""
+    """The output, and the gradients of all inputs for `grad` at the output; with `double` in float64."""
     inputs = leaves(*inputs, double=double)
     out = function(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
 
-def kept_storages(function: Callable[[], Tensor]) -> dict[int, int]:
-    """Addresses and bytes of what is kept for the backward pass."""
-    kept = {}
-    with saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), id):
+def saved_storages(function: Callable[[], Tensor]) -> dict[int, int]:
+    """Address -> bytes of every storage that is saved for the backward pass."""
+    saved = {}
+    with saved_tensors_hooks(
+        lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), id
+    ):
         function()
-    return kept
+    return saved
 
 
 def rms(x: Tensor) -> float:
@@ -99,29 +100,29 @@ def rms(x: Tensor) -> float:
 # --- weight standardization ---
 
 
-def standardized(w: Tensor, gain: Tensor, scale: float, share: float, floor: float, extra: float) -> Tensor:
+def standardized(w: Tensor, gain: Tensor, scale: float, share: float, floor: float, eps: float) -> Tensor:
     """The definition, row by row."""
     rows = w.flatten(1)
     centred = rows - rows.mean(1, keepdim=True)
     square = share * centred.square().sum(1, keepdim=True)
-    return (centred / (square.clamp(min=floor) + extra).sqrt() * (gain * scale)[:, None]).view_as(w)
+    return (centred / (square.clamp(min=floor) + eps).sqrt() * (gain * scale)[:, None]).view_as(w)
 
 
-def rounding(w: Tensor, gain: Tensor, grad: Tensor, scale: float, share: float, floor: float, extra: float):
-    """What rounding may do to standardized weights and to both gradients, row by row.
+def rounding(w: Tensor, gain: Tensor, grad: Tensor, scale: float, share: float, floor: float, eps: float):
+    """Limits of the rounding errors of standardized weights and of both gradients, row by row.
 
-    Where the mean is taken off, weights are rounded at the size of the largest one, however small the rest is; a sum
-    errs by the sum of magnitudes. 16 U allow for the few roundings that follow one another. A sum of equal numbers,
-    up to 256 in a lane, is rounded the same way each time.
+    Subtracting the mean rounds at the size of the largest weight, however small the difference is. The error of a sum
+    is bounded by the sum of magnitudes. 16 U allow for a few roundings in sequence. A sum of equal numbers, up to 256
+    in a lane, is rounded in the same direction each time.
     """
     w, grad, gain = w.double().flatten(1), grad.double().flatten(1), (gain.double() * scale).abs()
     square = share * (w - w.mean(1, keepdim=True)).square().sum(1)
-    r = (square.clamp(min=floor) + extra).rsqrt()
-    bend = torch.where(square < floor, 0, share * r**3)
+    r = (square.clamp(min=floor) + eps).rsqrt()
+    slope = torch.where(square < floor, 0, share * r**3)
     largest, total = w.abs().amax(1), grad.abs().sum(1)
     step, step_grad = (U * torch.where(x.std(1, correction=0) < 1e-6 * x.abs().amax(1), 256, 16) for x in (w, grad))
     weights = step * gain * r * largest
-    by_mean, by_norm = step_grad * gain * r * grad.abs().amax(1), step * gain * bend * total * largest**2
+    by_mean, by_norm = step_grad * gain * r * grad.abs().amax(1), step * gain * slope * total * largest**2
     return weights, by_mean + by_norm, step * scale * r * total * largest
 
 
@@ -188,7 +189,7 @@ STACK = [((4, 6, 3, 3), FIRST), ((8, 6, 3, 3), LAST), ((5, 54), FIRST), ((3, 6, 
 
 @pytest.mark.parametrize("unused", [(), (1,), (0, 3)])
 def test_standardizing_all_weights_is_standardizing_each(unused):
-    """In shape and order of memory, too; what no gradient comes to, gets none."""
+    """In shape and memory format too. Weights whose output is not used get no gradient."""
     weights = leaves(
         *(draw(*shape, seed=i).contiguous(memory_format=f) for i, (shape, f) in enumerate(STACK)), double=True
     )
@@ -238,7 +239,7 @@ def second(function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor) 
 @needs_kernels
 @FORMATS
 def test_second_derivatives_after_the_kernels(memory_format):
-    """The first forward pass is the kernels', what is differentiated again is PyTorch's."""
+    """The kernels compute the forward pass, PyTorch the gradients that are differentiated again."""
     x, directions = draw(2, 16, 5, 6, memory_format=memory_format), draw(2, 16, 5, 6, seed=1)
     weight = draw(32, 16, 3, 3, seed=2, memory_format=memory_format) / 12
     gain, before = torch.ones(2), Activation("gelu")
@@ -258,7 +259,7 @@ def test_second_derivatives_after_the_kernels(memory_format):
         assert (second(ours, x, directions) - truth).abs().max() <= 100 * U * truth.abs().max()
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 @FORMATS
 def test_not_a_number_stays_in_its_filter(memory_format):
     weight, gain, grad = draw(4, 6, 3, 3, memory_format=memory_format), draw(4), draw(4, 6, 3, 3)
@@ -273,7 +274,7 @@ def test_not_a_number_stays_in_its_filter(memory_format):
 
 
 def gelu_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of float64 x: exponent, gate = 1 / (1 + e^exponent), 1 - gate, and derivative of -exponent."""
+    """For float64 x: exponent, gate = 1 / (1 + e^exponent), 1 - gate, and the derivative of -exponent."""
     factor = (8 / torch.pi) ** 0.5
     exponent = -factor * (x + 0.044715 * x**3)
     return exponent, torch.sigmoid(-exponent), torch.sigmoid(exponent), factor * (1 + 3 * 0.044715 * x**2)
@@ -298,10 +299,10 @@ def test_gelu(size):
     assert ((dx - grad * truth).abs() <= grad.abs() * limit + 1e-33).all()
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 @pytest.mark.parametrize("filler", [0, 16, 30])
 def test_gelu_of_special_values(filler):
-    """Wherever they stand in a vector, or in what is left at the end."""
+    """At any place in a vector, and in the rest at the end."""
     special = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-40, -1e-40, -torch.inf, 30.0, -30.0])
     y, dx = derived(functional.gelu, torch.cat([torch.ones(filler), special]), grad=torch.ones(filler + 9))
     y, dx = y[filler:], dx[filler:]
@@ -318,7 +319,7 @@ def test_gelu_of_special_values(filler):
 
 
 @needs_kernels
-def test_gelu_in_any_order_of_memory():
+def test_gelu_in_any_memory_format():
     dense = {"nchw": draw(3, 5, 7, 4), "nhwc": draw(3, 5, 7, 4, memory_format=LAST), "5d": draw(2, 3, 5, 7, 4)}
     loose = {"transposed": draw(3, 5, 7, 4).transpose(1, 2), "part": draw(3, 5, 7, 9)[..., :4], "2d": draw(5, 6).t()}
     for x in (dense | loose).values():
@@ -349,8 +350,8 @@ def test_mean_of_2x2(sides, memory_format):
     (leaf,) = leaves(x[:1, :2], double=True)
     assert gradcheck(functional.avg_pool2x2, leaf)
     assert gradgradcheck(functional.avg_pool2x2, leaf)
-    assert kept_storages(lambda: plain(leaf))
-    assert not kept_storages(lambda: functional.avg_pool2x2(leaf))
+    assert saved_storages(lambda: plain(leaf))
+    assert not saved_storages(lambda: functional.avg_pool2x2(leaf))
 
 
 @FORMATS
@@ -366,7 +367,7 @@ def test_mean_of_a_map(memory_format):
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mean_of_a_map_in_half_precision(dtype, memory_format):
-    """To one rounding, where the sum is beyond float16; its gradient is a view there, too."""
+    """To one rounding, even if the sum overflows float16. The gradient is a view there too."""
     assert functional.spatial_mean(torch.ones(1, 1, 256, 256, dtype=dtype)) == 1
     x = (draw(2, 3, 64, 70, memory_format=memory_format) + 30).to(dtype)
     mean, dx = derived(functional.spatial_mean, x, grad=draw(2, 3))
@@ -382,7 +383,7 @@ def test_mean_of_a_map_in_half_precision(dtype, memory_format):
 
 @FORMATS
 @pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 300, 9, 11), (1, 16, 1, 1), (2, 4, 0, 3)])
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 def test_gated_sum(shape, memory_format):
     inputs = [draw(*shape, memory_format=memory_format, seed=1), draw(*shape, memory_format=memory_format)]
     inputs.append(draw(*shape[:2], 1, 1, seed=2))
@@ -394,7 +395,7 @@ def test_gated_sum(shape, memory_format):
 
 
 @needs_kernels
-def test_gated_sum_is_the_kernels_where_it_can_be():
+def test_gated_sum_uses_the_kernel_if_it_fits():
     x, gate = draw(2, 16, 5, 6, memory_format=LAST), draw(2, 16, 1, 1)
     (leaf,) = leaves(x)
     for other, fits in ((gate, True), (gate[:, :1], False), (gate[:1], False), (gate.expand(2, 16, 5, 6), False)):
@@ -410,17 +411,17 @@ def test_gated_sum_is_the_kernels_where_it_can_be():
 
 
 def plain_conv2d(x, weight, bias, *geometry, pads=None, before=None, recompute=True):
-    made = before(x) if before else x
-    return F.conv2d(F.pad(made, pads) if pads else made, weight, bias, *geometry)
+    x = before(x) if before else x
+    return F.conv2d(F.pad(x, pads) if pads else x, weight, bias, *geometry)
 
 
 def check_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, *geometry, grad_format=LAST, units=3, **options
 ) -> Counter[str]:
-    """Values and gradients are as near to the truth as PyTorch's; returns which kernels were called.
+    """Checks that values and gradients are as accurate as PyTorch's; returns which kernels were called.
 
-    The transforms, where PyTorch has short sums, may add 3 U of the truth, or of a sum of so many random numbers. Of
-    products that sum n pixels one after another it is U sqrt(n / 6), here `units`.
+    The transforms may add an error of 3 U of the true values, or of a sum of as many random numbers, where PyTorch has
+    short sums. `units`: products that add n pixels in sequence may add U sqrt(n / 6).
     """
     inputs = [x, weight] + ([] if bias is None else [bias])
 
@@ -477,9 +478,11 @@ def test_winograd(groups, size, out, batch, sides, stride, padding, pads, biased
     assume(sides[1] + 2 * padding[1] + left + right >= 3)
     geometry = ((stride, stride), padding, ONE)
     # zeros around small maps shorten PyTorch's sums, but not those of the transforms
-    seen = plain_conv2d(torch.ones(1, 1, *sides), torch.ones(1, 1, 3, 3), None, *geometry, 1, pads=pads).mean().item()
-    assume(seen)
-    options = dict(grad_format=grad_format, units=3 * (9 / seen) ** 0.5, pads=pads, **activation(before))
+    num_taps = (
+        plain_conv2d(torch.ones(1, 1, *sides), torch.ones(1, 1, 3, 3), None, *geometry, 1, pads=pads).mean().item()
+    )
+    assume(num_taps)
+    options = dict(grad_format=grad_format, units=3 * (9 / num_taps) ** 0.5, pads=pads, **activation(before))
     assert check_conv2d(x, weight, bias, *geometry, groups, **options) == WINOGRAD
 
 
@@ -510,12 +513,17 @@ def test_1x1_convolutions(size, out, batch, sides, biased, before, grad_format, 
     ("kernel", "out", "calls", "passes"),
     [
         (1, 48, PRODUCTS, []),
-        (3, 48, WINOGRAD, ["gelu", "gelu"]),  # one for the filters' gradient; the input's has its own on the way
-        (1, 40, {}, ["gelu", "gelu", "gelu_gradient"]),  # no whole vectors
+        (
+            3,
+            48,
+            WINOGRAD,
+            ["gelu", "gelu"],
+        ),  # before the convolution and before the filter gradient; the input gradient applies the derivative
+        (1, 40, {}, ["gelu", "gelu", "gelu_gradient"]),  # channels do not fill vectors
     ],
 )
 def test_gelu_within_convolutions(kernel, out, calls, passes, monkeypatch):
-    """...rather than in a pass over the map before or behind them."""
+    """GELU and its derivative have no pass over the map of their own."""
     x, weight = draw(2, 32, 9, 7, memory_format=LAST), draw(out, 32, kernel, kernel, seed=1, memory_format=LAST)
     found, run = [], dispatch.run
     monkeypatch.setattr(dispatch, "run", lambda name, *args: found.append(name) or run(name, *args))
@@ -529,15 +537,14 @@ def test_gelu_within_convolutions(kernel, out, calls, passes, monkeypatch):
 
 
 @needs_kernels
-def test_gelu_that_hooks_watch():
-    """...is called as a module, so that they see its output."""
-    act, seen = Activation("gelu"), []
+def test_gelu_with_hooks_is_called_as_a_module():
+    act, outputs = Activation("gelu"), []
     x, weight = draw(2, 32, 9, 7, memory_format=LAST), draw(48, 32, 1, 1, seed=1, memory_format=LAST)
     expected = functional.conv2d(x, weight, before=act)
-    act.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    act.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     found = functional.conv2d(x, weight, before=act)
-    assert len(seen) == 1
-    assert torch.equal(seen[0], functional.gelu(x))
+    assert len(outputs) == 1
+    assert torch.equal(outputs[0], functional.gelu(x))
     assert rms(found - expected) <= U * rms(expected)
 
 
@@ -557,10 +564,10 @@ def test_gelu_that_hooks_watch():
     dilation=st.sampled_from([1, 1, 2]),
     formats=st.lists(st.sampled_from([LAST, LAST, FIRST]), min_size=3, max_size=3),
 )
-def test_whatever_winograd_is_not_for(
+def test_other_convolutions_are_pytorchs(
     groups, size, out, sides, biased, before, kernel, stride, padding, pads, dilation, formats
 ):
-    """...is left to PyTorch: all that is not 3x3, of stride 1 or 2, in multiples of 16 channels and channels last."""
+    """All but 3x3 ones of stride 1 or 2, in multiples of 16 channels, channels-last."""
     x = draw(2, groups * size, sides[0] + 4, sides[1] + 4, memory_format=formats[0])
     weight = draw(groups * out, size, kernel, kernel, seed=1, memory_format=formats[1])
     geometry = ((stride, stride), padding, (dilation, dilation))
@@ -572,13 +579,13 @@ def test_whatever_winograd_is_not_for(
 
 
 def layer(*sides: int, groups: int = 2, size: int = 16, out: int = 32) -> list[Tensor]:
-    """Input, weight and bias of a convolution that Winograd is for."""
+    """Input, weight and bias of a convolution that Winograd's kernels take."""
     x = draw(2, groups * size, *(sides or (7, 6)), memory_format=LAST)
     return [x, draw(groups * out, size, 3, 3, seed=1, memory_format=LAST), draw(groups * out, seed=2)]
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: str | None = "gelu") -> Tensor:
-    """It, as above."""
+    """The convolution of `layer`."""
     return functional.conv2d(x, weight, bias, ONE, ONE, groups=x.shape[-3] // weight.shape[1], **activation(before))
 
 
@@ -588,8 +595,8 @@ def same(*results: list[Tensor]) -> bool:
 
 
 @needs_kernels
-def test_who_watches_operations_sees_them(monkeypatch):
-    """Real compilation of whole networks is in test_graphs.py; it takes seconds to start."""
+def test_compilers_transforms_and_dispatch_modes_see_pytorchs_operations(monkeypatch):
+    """test_graphs.py compiles whole networks, which takes seconds to start."""
     x, weight, bias = layer()
     with counted() as calls:
         conv(x, weight)
@@ -614,10 +621,10 @@ def test_who_watches_operations_sees_them(monkeypatch):
         assert not calls
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # PyTorch's own use
 def test_gradients_of_batches_forward_mode_and_traces():
-    """Ways to differentiate, or to record, that go past a backward pass of one's own."""
+    """Ways to differentiate that do not call the backward pass of an autograd.Function."""
     x, weight, bias = leaves(*layer())
     gain, grads = torch.ones(64), draw(3, 2, 64, 7, 6)
 
@@ -638,7 +645,7 @@ def test_gradients_of_batches_forward_mode_and_traces():
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_a_trace_is_of_operations():
-    """Not of memory that a kernel has filled."""
+    """A trace that had called kernels would hold their outputs as constants."""
     x, weight, bias = layer()
 
     def whole(x: Tensor) -> Tensor:
@@ -667,7 +674,7 @@ def test_what_pytorch_refuses_is_refused():
 
 @needs_kernels
 def test_strided_vectors_single_images_and_defaults():
-    """What the kernels cannot read as it is, and buffers that must not follow PyTorch's default dtype and device."""
+    """Inputs that do not fit the kernels, and buffers that must not take PyTorch's default dtype and device."""
     x, weight, _ = layer()
     strided = draw(64, 2)[:, 0]
     expected = plain_conv2d(x, weight, strided, ONE, ONE, ONE, 2)
@@ -685,9 +692,9 @@ def test_strided_vectors_single_images_and_defaults():
     assert conv(x.to("meta"), weight.to("meta")).shape == expected.shape
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 def test_results_may_be_changed_in_place():
-    """They are no views, and no gradient needs them."""
+    """They are no views, and are not saved for the backward pass."""
     x, weight, _ = layer()
     functions = [
         functional.gelu,
@@ -715,11 +722,11 @@ def test_not_a_number_stays_in_its_image_and_group():
     assert torch.equal(marked[1, :32, 6:], clean[1, :32, 6:])
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 @FORMATS
 @pytest.mark.parametrize("before", [None, "gelu", "relu"])
 def test_autocast(before, memory_format):
-    """What PyTorch does: bfloat16 within, float64 as ever; what is kept is not what was cast."""
+    """As in PyTorch: bfloat16 inside, float64 unchanged. The tensor before the cast is saved, not the cast one."""
     x, weight, bias = (t.contiguous(memory_format=memory_format) if t.ndim == 4 else t for t in layer())
     grad = draw(2, 64, 7, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -734,17 +741,17 @@ def test_autocast(before, memory_format):
 
 
 @needs_kernels
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_gradients_that_are_not_wanted_are_not_computed(wanted):
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_gradients_that_are_not_needed_are_not_computed(needed):
     inputs, grad = layer(), draw(2, 64, 7, 6)
     everything = derived(conv, *inputs, grad=grad)[1:]
-    some = [leaf.requires_grad_(i in wanted) for i, leaf in enumerate(leaves(*inputs))]
+    some = [leaf.requires_grad_(i in needed) for i, leaf in enumerate(leaves(*inputs))]
     with counted() as calls:
-        found = torch.autograd.grad(conv(*some), [some[i] for i in wanted], grad)
-    for i, one in zip(wanted, found, strict=True):
-        by_itself = i == 2 and 1 not in wanted  # the bias's, which else comes with the filters'
+        found = torch.autograd.grad(conv(*some), [some[i] for i in needed], grad)
+    for i, one in zip(needed, found, strict=True):
+        by_itself = i == 2 and 1 not in needed  # else the bias gradient comes with that of the filters
         assert rms(one - everything[i]) <= (4 * U * rms(everything[i]) if by_itself else 0)
-    assert calls == Counter({"winograd forward": 1, "winograd input": 0 in wanted, "winograd filters": 1 in wanted})
+    assert calls == Counter({"winograd forward": 1, "winograd input": 0 in needed, "winograd filters": 1 in needed})
 
 
 @needs_kernels
@@ -768,22 +775,22 @@ def test_convolutions_can_be_differentiated_twice(before, pads):
     assert gradgradcheck(function, inputs)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("kernels_on_and_off")
 @pytest.mark.parametrize("pads", [None, (0, 1, 2, 1)])
 @pytest.mark.parametrize("before", [None, "gelu", "relu", "silu"])
-def test_what_is_kept(before, pads):
-    """One map, without zeros around it: the input where the activation needs it, else what the convolution reads."""
+def test_what_is_saved_for_the_backward_pass(before, pads):
+    """One map without padding: the input if the activation's gradient needs it, else the activation's output."""
     x, weight, bias = leaves(*layer())
     options = dict(groups=2, pads=pads, **activation(before))
-    kept = kept_storages(lambda: functional.conv2d(x, weight, bias, ONE, ONE, **options))
-    assert kept.pop(weight.data_ptr()) == weight.nbytes
-    assert list(kept.values()) == [x.nbytes]
-    assert (kept.keys() == {x.data_ptr()}) == (before != "relu")
+    saved = saved_storages(lambda: functional.conv2d(x, weight, bias, ONE, ONE, **options))
+    assert saved.pop(weight.data_ptr()) == weight.nbytes
+    assert list(saved.values()) == [x.nbytes]
+    assert (saved.keys() == {x.data_ptr()}) == (before != "relu")
 
 
 @needs_kernels
 def test_the_number_of_threads_changes_no_bit():
-    """Of sizes that are divided among threads: the sums over tiles are in a fixed number of parts."""
+    """For sizes that are split among threads: sums over tiles have a fixed number of parts."""
     x, weight, bias = layer(41, 40)
     wide, gain, weight1 = draw(40, 48, 3, 3), draw(40), draw(112, 32, 1, 1, memory_format=LAST)
 
@@ -806,7 +813,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 @needs_kernels
 def test_a_network_with_and_without_kernels(monkeypatch, fresh_kernels):
-    """The loss and every gradient of nfnet_nano, as near to float64 as without the kernels."""
+    """The loss and every gradient of nfnet_nano are as accurate as without kernels."""
     torch.manual_seed(0)
     model = create_model("nfnet_nano", num_classes=5, stochastic_depth=0.0, drop_rate=0.0).to(memory_format=LAST)
     for name, p in model.named_parameters():
@@ -842,7 +849,7 @@ PROGRAM = r"""
 
 #include "kernels.h"
 
-struct Floats {  // of exactly n numbers; outputs are what the allocator fills memory with: not a number
+struct Floats {  // exactly n numbers; the allocator fills uninitialised memory with NaN
     float *at;
     int64_t n;
     explicit Floats(int64_t n) : at(new float[n]), n(n) {}
@@ -861,15 +868,15 @@ static void written(Floats &x) {
 int main() {
     Floats fresh(3000);
     if (!std::isnan(fresh[0]) || !std::isnan(fresh[2999])) return 2;
-    for (int32_t threads : {1, 2}) for (int32_t activated : {0, 1}) {
+    for (int32_t threads : {1, 2}) for (int32_t apply_gelu : {0, 1}) {
         for (int64_t n : {1, 15, 16, 33, 4097, 20000}) {
             Floats x(n), dy(n), y(n), dx(n);
             normfree_gelu(x.drawn(), y, n, threads);
             normfree_gelu_gradient(x, dy.drawn(), dx, n, threads);
             written(y), written(dx);
-            Floats gain(3), w(3 * n), out(3 * n), mean(3), r(3), bend(3), d(3 * n), dw(3 * n), dgain(3);
-            normfree_standardize(w.drawn(), gain.drawn(), 1, 1, 1e-4f, 0, 3, n, out, mean, r, bend, threads);
-            normfree_standardize_gradient(w, gain, 1, mean, r, bend, d.drawn(), 3, n, dw, dgain, threads);
+            Floats gain(3), w(3 * n), out(3 * n), mean(3), r(3), slope(3), d(3 * n), dw(3 * n), dgain(3);
+            normfree_standardize(w.drawn(), gain.drawn(), 1, 1, 1e-4f, 0, 3, n, out, mean, r, slope, threads);
+            normfree_standardize_gradient(w, gain, 1, mean, r, slope, d.drawn(), 3, n, dw, dgain, threads);
             written(out), written(dw), written(dgain);
         }
         for (int64_t pixels : {1, 130}) for (int64_t channels : {1, 256, 300}) {
@@ -880,11 +887,11 @@ int main() {
         }
         for (int64_t pixels : {1, 130, 701}) for (int64_t in : {16, 304}) for (int64_t out : {32, 448}) {
             Floats x(pixels * in), dy(pixels * out), w(out * in), dw(out * in), bias(out), y(dy.n), dx(x.n);
-            const float *seen = activated ? x.drawn().at : nullptr;
-            normfree_conv1x1(x.drawn(), w.drawn(), bias.drawn(), nullptr, y, pixels, in, out, activated, 0, threads);
-            normfree_conv1x1(dy.drawn(), w, nullptr, seen, dx, pixels, out, in, 0, 1, threads);
+            const float *pre_activation = apply_gelu ? x.drawn().at : nullptr;
+            normfree_conv1x1(x.drawn(), w.drawn(), bias.drawn(), nullptr, y, pixels, in, out, apply_gelu, 0, threads);
+            normfree_conv1x1(dy.drawn(), w, nullptr, pre_activation, dx, pixels, out, in, 0, 1, threads);
             for (float *biases : {bias.at, static_cast<float *>(nullptr)})
-                normfree_conv1x1_filter_gradient(x, dy, dw, biases, pixels, in, out, activated, threads);
+                normfree_conv1x1_filter_gradient(x, dy, dw, biases, pixels, in, out, apply_gelu, threads);
             written(y), written(dx), written(dw), written(bias);
         }
         for (int64_t groups : {1, 3}) for (int64_t in : {16, 48}) for (int64_t out : {16, 80})
@@ -894,11 +901,11 @@ int main() {
             const int64_t oh = (h + 2 * pad - 3) / apart + 1, ow = (w + 2 * pad - 3) / apart + 1;
             Floats x(n * h * w * groups * in), dx(x.n), filters(groups * out * in * 9), dw(filters.n);
             Floats bias(groups * out), dbias(groups * out), y(n * oh * ow * groups * out);
-            const float *seen = activated ? x.drawn().at : nullptr;
+            const float *pre_activation = apply_gelu ? x.drawn().at : nullptr;
             normfree_winograd(x.drawn(), filters.drawn(), bias.drawn(), nullptr, y, n, h, w, oh, ow, groups, in, out,
                               apart, pad, pad, 0, threads);
-            normfree_winograd(dx, filters, nullptr, seen, y, n, h, w, oh, ow, groups, in, out, apart, pad, pad, 1,
-                              threads);
+            normfree_winograd(dx, filters, nullptr, pre_activation, y, n, h, w, oh, ow, groups, in, out, apart, pad,
+                              pad, 1, threads);
             for (float *biases : {dbias.at, static_cast<float *>(nullptr)})
                 normfree_winograd_filter_gradient(x, y, dw, biases, n, h, w, oh, ow, groups, in, out, apart, pad, pad,
                                                   threads);
@@ -912,7 +919,7 @@ int main() {
 
 @needs_kernels
 def test_kernels_stay_within_their_memory_and_read_nothing_unset(tmp_path, compiler):
-    """In a program under the address sanitizer, where memory that nobody has written is not a number."""
+    """In a program under the address sanitizer, where uninitialised memory is NaN."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
     folder = Path(normfree.native.__file__).parent
@@ -931,7 +938,7 @@ def test_kernels_stay_within_their_memory_and_read_nothing_unset(tmp_path, compi
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors without AVX are x86's")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(processor, monkeypatch, fresh_kernels):
-    """4 lanes and 8 lanes, where the machine has them: as near as rounding allows, and on some machines equal."""
+    """4 and 8 lanes, if the machine has them: equal up to rounding, on some machines in every bit."""
     if processor == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("a processor without AVX2")
     inputs = layer(9, 7, size=80, out=48)

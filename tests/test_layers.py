@@ -1,4 +1,4 @@
-"""The layers against float64 references and the properties that they are for."""
+"""The layers against float64 references, and their defining properties."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_input_scale_is_a_factor_of_the_input():
 
 @given(size=st.integers(1, 70), kernel=st.integers(1, 7), stride=st.integers(1, 4))
 def test_same_padding(size, kernel, stride):
-    """TensorFlow's definition: ceil(size / stride) outputs, the odd zero after."""
+    """TensorFlow's definition: ceil(size / stride) outputs, an odd zero goes after."""
     out = math.ceil(size / stride)
     total = max((out - 1) * stride + kernel - size, 0)
     assert same_padding(size, kernel, stride) == (total // 2, total - total // 2)

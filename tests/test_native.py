@@ -1,4 +1,4 @@
-"""How the kernels are found, compiled, kept in the cache, and left out with a reason."""
+"""Finding, compiling and caching the kernels, and the reasons for doing without."""
 
 import ctypes
 import logging
@@ -21,8 +21,8 @@ needs_kernels = pytest.mark.skipif(HERE is None, reason=f"kernels {status()}")
 
 
 @pytest.fixture
-def said(fresh_kernels, monkeypatch, tmp_path):
-    """What is said of the kernels, which are anew looked for in an empty cache."""
+def messages(fresh_kernels, monkeypatch, tmp_path):
+    """What is logged, while the kernels are looked for again in an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("NORMFREE_NATIVE", "NORMFREE_MARCH", "CXX", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -35,8 +35,8 @@ def said(fresh_kernels, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def compiled(said, monkeypatch, tmp_path):
-    """A compiler in two words that copies the library of this machine, and the commands it was given."""
+def compiled(messages, monkeypatch, tmp_path):
+    """A compiler of two words that copies this machine's library; returns the commands that it got."""
     log, script = tmp_path / "log", tmp_path / "c++ of a test"
     script.write_text(f"""
         case "$*" in *--version*) echo "stub 1.0"; exit;; esac
@@ -49,15 +49,15 @@ def compiled(said, monkeypatch, tmp_path):
     return lambda: log.read_text().splitlines()
 
 
-def kept(tmp_path: Path) -> list[Path]:
+def cached(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache/normfree").iterdir())
 
 
 def test_the_compiler_of_this_machine_compiles_them(monkeypatch, tmp_path, fresh_kernels):
-    """Where this fails, all tests of the kernels would be skipped."""
+    """Without this test, a failure to compile would only skip all tests of the kernels."""
     if os.environ.get("NORMFREE_NATIVE") == "0":
         pytest.skip("NORMFREE_NATIVE=0")
-    if library() is None:  # perhaps this user has no cache
+    if library() is None:  # this user may have no cache
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         compiler, version, stem = native._wanted()
         if version is None:
@@ -100,31 +100,31 @@ def test_kernels_are_called_with_the_types_of_the_header():
 
 
 @needs_kernels
-def test_compiled_once_and_kept(compiled, said, tmp_path):
+def test_compiled_once_and_kept(compiled, messages, tmp_path):
     assert status() == "compiled at first use (stub 1.0)"
     assert compiled() == []
     assert library() is not None
-    (path,) = kept(tmp_path)
+    (path,) = cached(tmp_path)
     assert status() == f"on ({path.name}, stub 1.0)"
     native._load.cache_clear()
     native._state.cache_clear()
     assert status() == f"on ({path.name}, stub 1.0)"
     assert len(compiled()) == 1
-    assert said == []
+    assert messages == []
 
 
 @needs_kernels
 @pytest.mark.parametrize("damage", [lambda data: data[:5000], lambda data: b"", lambda data: data[:-1] + b"?"])
-def test_a_damaged_library_is_made_anew(damage, compiled, fresh_kernels, tmp_path):
+def test_a_damaged_library_is_compiled_again(damage, compiled, fresh_kernels, tmp_path):
     library()
-    (path,) = kept(tmp_path)
+    (path,) = cached(tmp_path)
     whole = path.read_bytes()
-    path.unlink()  # the file that is loaded stays as it is
+    path.unlink()  # the loaded file stays intact
     path.write_bytes(damage(whole))
     fresh_kernels()
     assert library() is not None
     assert len(compiled()) == 2
-    assert kept(tmp_path) == [path]
+    assert cached(tmp_path) == [path]
     assert path.read_bytes() == whole
 
 
@@ -145,18 +145,18 @@ def test_another_compiler_processor_or_source_is_another_library(compiled, fresh
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-g"))
     assert again() == 4
     assert again() == 4
-    assert {path.suffix for path in kept(tmp_path)} == {".so"}
+    assert {path.suffix for path in cached(tmp_path)} == {".so"}
 
 
 @needs_kernels
-def test_one_in_the_cache_serves_without_a_compiler(compiled, said, fresh_kernels, monkeypatch, tmp_path):
+def test_a_library_in_the_cache_needs_no_compiler(compiled, messages, fresh_kernels, monkeypatch, tmp_path):
     library()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     fresh_kernels()
     assert library() is not None
-    assert status() == f"on ({kept(tmp_path)[0].name}, no compiler)"
-    assert said == []
+    assert status() == f"on ({cached(tmp_path)[0].name}, no compiler)"
+    assert messages == []
 
 
 def no_home(patch, tmp_path):
@@ -208,35 +208,35 @@ def not_loaded(patch, tmp_path):
         (not_loaded, ".so: file too short"),
     ],
 )
-def test_why_there_are_none_is_said_once(without, why, said, monkeypatch, tmp_path):
+def test_the_reason_is_logged_once(without, why, messages, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         without(patch, tmp_path)
         assert library() is None
         assert library() is None
         assert status().startswith("off: ")
         assert why in status()
-    assert len(said) == 1
-    assert said[0].startswith("normfree: the kernels are off: ")
-    assert why in said[0]
+    assert len(messages) == 1
+    assert messages[0].startswith("normfree: the kernels are off: ")
+    assert why in messages[0]
 
 
-def test_what_the_user_switches_off_needs_no_word(said, monkeypatch):
+def test_nothing_is_logged_if_the_user_switches_them_off(messages, monkeypatch):
     monkeypatch.setenv("NORMFREE_NATIVE", "0")
     assert library() is None
     assert status() == "off: NORMFREE_NATIVE=0"
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("value", ["", "relative/cache"])
 def test_only_an_absolute_cache_folder_counts(value, monkeypatch, tmp_path):
-    """As the XDG base directory specification has it."""
+    """According to the XDG base directory specification."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert native._cache_folder() == tmp_path / ".cache/normfree"
 
 
 @needs_kernels
-def test_threads_that_come_at_once_compile_once(compiled, tmp_path):
+def test_concurrent_threads_compile_once(compiled, tmp_path):
     barrier = threading.Barrier(4)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: (barrier.wait(), library())[1], range(4)))
@@ -246,12 +246,12 @@ def test_threads_that_come_at_once_compile_once(compiled, tmp_path):
 
 
 @needs_kernels
-def test_processes_that_come_at_once_leave_one_library(compiled, tmp_path):
+def test_concurrent_processes_leave_one_library(compiled, tmp_path):
     compiler, version, stem = native._wanted()
     folder = native._cache_folder()
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: native._compile(compiler, version, folder, stem), range(8)))
-    assert sorted(found) == kept(tmp_path)
+    assert sorted(found) == cached(tmp_path)
 
 
 def test_a_forward_of_a_user_without_a_home(tmp_path):

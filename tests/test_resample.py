@@ -1,4 +1,4 @@
-"""The kernel that crops and resizes, against Pillow: equal in every bit, whatever the box, processor and process."""
+"""The kernel that crops and resizes has the bits of Pillow, for any box, processor and process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_the_order_of_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")
 
 
 def noise(width: int, height: int, channels: int = 3, contrast: bool = False) -> Image.Image:
-    """Of all values, or black and white alone, which overshoots most."""
+    """All values, or with `contrast` black and white only, which overshoot most."""
     shape = (height, width) if channels == 1 else (height, width, channels)
     pixels = np.random.default_rng(width * height).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(np.where(pixels < 128, 0, 255).astype(np.uint8) if contrast else pixels)
@@ -74,7 +74,7 @@ def test_transforms_are_pillows(channels: int) -> None:
 
 @needs_kernels
 @needs_the_order_of_pillow_13
-def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_used_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large, other = noise(60, 50), noise(2300, 2000), noise(60, 50).convert("RGBA")
     assert resample(other, (0, 0, 60, 50), 20).shape == (4, 20, 20)
     monkeypatch.setattr(Image.Image, "resize", None)
@@ -86,7 +86,7 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_kernels
 def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
-    """By the main process, before they start; and what they give is what Pillow gives."""
+    """The main process compiles it before they start, and their pixels are those of Pillow."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 50, 40, 3), dtype=np.uint8)
     images = ArrayImages(pixels=pixels, names=[str(i) for i in range(12)])
     options = dict(batch_size=4, seed=1, start_step=0, stop_step=6)
@@ -103,7 +103,7 @@ def test_workers_find_it_compiled(monkeypatch: pytest.MonkeyPatch, fresh_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors without AVX are x86's")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
-    """4 lanes and 8 lanes, where the machine has them: equal bits, since all is in whole numbers."""
+    """4 and 8 lanes, if the machine has them: equal bits, since the arithmetic is in integers."""
     if processor == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("a processor without AVX2")
     monkeypatch.setenv("NORMFREE_MARCH", processor)
@@ -136,7 +136,7 @@ int main() {
 
 @needs_kernels
 def test_the_kernel_stays_within_its_memory_and_uses_nothing_unset(tmp_path: Path, compiler: list[str]) -> None:
-    """In a program under the address sanitizer, which fills new memory with 255."""
+    """In a program under the address sanitizer, which fills uninitialised memory with 255."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
     flags = [f"-I{KERNEL.parent}", "-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover"]

@@ -99,7 +99,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
         lambda p: torch.randn(3, 4, 3, 3).transpose(0, 1),
     ],
 )
-def test_what_does_not_fit_is_left_to_the_others(change, monkeypatch):
+def test_other_tensors_are_left_to_batched_operations(change, monkeypatch):
     p = nn.Parameter(change(torch.randn(4, 3, 3, 3)).clone(memory_format=torch.preserve_format))
     p.grad = torch.full_like(p, 3.0)
     assert not native.Item(p.detach(), p.grad, False, 0.01, 1e-3).fits

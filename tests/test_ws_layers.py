@@ -46,7 +46,7 @@ TRANSPOSED = {WSConvTranspose1d: 1, WSConvTranspose2d: 2, WSConvTranspose3d: 3}
 
 
 def draw(layer: WSConv) -> WSConv:
-    """The same layer with any weights, gains and biases."""
+    """The same layer with random weights, gains and biases."""
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(torch.randn_like(p) * 0.5 + 0.3)
@@ -211,9 +211,9 @@ def test_every_geometry_is_that_of_the_plain_convolution(geometry, padding):
         (top, bottom), (left, right) = (
             reference_pads(side, *size, each) for side, size, each in zip((height, width), sizes, sides, strict=True)
         )
-        made = nn.functional.pad(act(x.double()), (left, right, top, bottom))
+        padded = nn.functional.pad(act(x.double()), (left, right, top, bottom))
         weight, bias = layer.standardized_weight().double(), layer.bias.double()
-        expected = nn.functional.conv2d(made, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+        expected = nn.functional.conv2d(padded, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
         ours = layer(x, before=act)
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
         parameters = [x, *layer.parameters()]
@@ -230,8 +230,8 @@ def test_padding_modes(mode, padding):
     layer = draw(WSConv2d(4, 6, 3, (2, 1), padding, padding_mode=mode)).double()
     x = torch.randn(1, 4, 8, 9, dtype=torch.float64)
     pads = (2, 2, 1, 1) if padding == (1, 2) else (1, 1, 0, 1)
-    made = nn.functional.pad(torch.relu(x), pads, mode)
-    expected = nn.functional.conv2d(made, layer.standardized_weight(), layer.bias, (2, 1))
+    padded = nn.functional.pad(torch.relu(x), pads, mode)
+    expected = nn.functional.conv2d(padded, layer.standardized_weight(), layer.bias, (2, 1))
     torch.testing.assert_close(layer(x, before=Activation("relu")), expected)
 
 
@@ -311,7 +311,7 @@ def test_plain_convolutions_stand_in_the_place_of_standardized_ones(name, overri
                 assert (theirs.get_submodule(name).weight.grad - grad).norm() <= 10 * tolerance * grad.norm(), name
 
 
-def test_paddings_that_there_are_not():
+def test_unknown_paddings():
     for cls in (WSConv2d, Conv2d):
         with pytest.raises(InputError, match="'full'"):
             cls(2, 2, 3, padding="full")
@@ -327,7 +327,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 @pytest.mark.parametrize("options", [(1.0, 1e-4, 0.0), (0.25, 1e-4, 0.0), (1.0, 0.0, 1e-2)], ids=str)
 @pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (300.0, 0.0), (2e-3, 0.0), (0.01, 0.3), (1e-4, 0.0)])
 def test_half_precision_standardizes_as_float64_does(dtype, options, size, offset):
-    """To one rounding of the result, gradients too, one by one and together, whatever the size of the weights."""
+    """To one rounding of the result, for gradients too, one by one and all together, for any size of the weights."""
     torch.manual_seed(0)
     weight = (torch.randn(8, 48, 3, 3) * size + offset).to(dtype).requires_grad_()
     gain = torch.rand(8).add(0.5).to(dtype).requires_grad_()
@@ -351,7 +351,7 @@ RESET = [*PLAIN, BranchEndConv1d, BranchEndConv2d, BranchEndConv3d]
 
 
 @pytest.mark.parametrize("cls", RESET, ids=lambda cls: cls.__name__)
-def test_reset_parameters_initialises_what_memory_held(cls):
+def test_reset_parameters_overwrites_uninitialised_memory(cls):
     torch.manual_seed(0)
     layer = torch.nn.utils.skip_init(cls, 32, 48, 3, groups=2)
     assert layer.weight.device.type == "cpu"
@@ -375,7 +375,7 @@ def test_skip_init_module_is_reset():
 
 
 def test_threads_do_not_share_reused_weights():
-    """One evaluates, one trains, at one model; each gets what it would alone."""
+    """One thread evaluates and one trains the same model; each gets the results that it would get alone."""
     torch.manual_seed(0)
     model = create_model("nfnet_nano", 5, depth=(1, 1, 1, 1), width=(16, 16, 16, 16), drop_rate=0.0).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -387,7 +387,7 @@ def test_threads_do_not_share_reused_weights():
 
     def evaluate() -> Tensor:
         with torch.inference_mode(), reuse_weights(model):
-            both.wait()  # the other is within, too
+            both.wait()  # the other thread is in the context too
             out = model(x)
             both.wait()
         left.set()
@@ -412,7 +412,7 @@ def test_threads_do_not_share_reused_weights():
 
 
 def test_nested_reuse_gives_the_outer_weights_back():
-    """An evaluation within a step, and a step within an evaluation; asyncio's tasks have contexts of their own."""
+    """An evaluation inside a step, and a step inside an evaluation. Each asyncio task has its own context."""
     torch.manual_seed(0)
     layer, x = WSConv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
     layer(x).square().sum().backward()
@@ -441,7 +441,7 @@ def test_nested_reuse_gives_the_outer_weights_back():
 
 
 def test_a_recomputation_in_another_thread_reuses_the_same_weights():
-    """Autograd's thread of a GPU computes checkpointed blocks once more; here, one started by hand."""
+    """On a GPU, autograd's own thread recomputes checkpointed blocks; here the test starts one."""
     torch.manual_seed(0)
     model = create_model("nfnet_nano", 5, depth=(1, 1, 1, 1), width=(16, 16, 16, 16), drop_rate=0.0).double().eval()
     model.set_grad_checkpointing()
@@ -459,7 +459,7 @@ def test_a_recomputation_in_another_thread_reuses_the_same_weights():
 
 @pytest.mark.parametrize("architecture", ["nfnet_nano", "nf_resnet26"])
 def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypatch):
-    """Micro-batches with one standardization equal the whole batch, whose mean loss is that of theirs."""
+    """Micro-batches with one standardization have the gradients of the whole batch."""
     torch.manual_seed(0)
     model = create_model(architecture, 5, stochastic_depth=0.0, drop_rate=0.0, skip_init=0.7).double()
     images, labels = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -469,7 +469,7 @@ def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypat
     calls: list[int] = []
     standardize = functional.standardize_all
     monkeypatch.setattr(functional, "standardize_all", lambda w, *args: calls.append(len(w)) or standardize(w, *args))
-    monkeypatch.setattr(WSConv, "_standardize", None)  # not one by one
+    monkeypatch.setattr(WSConv, "_standardize", None)  # would fail if called one by one
     with reuse_weights(model):
         for some in torch.arange(6).split(4):
             (nn.functional.cross_entropy(model(images[some]), labels[some]) * len(some) / 6).backward()
@@ -482,7 +482,7 @@ def test_reused_weights_give_the_gradients_of_all_passes(architecture, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "together"])
 @pytest.mark.parametrize("frozen", ["none of ours", "all but the head", "stem"])
 def test_weights_are_reused_whatever_is_trained(frozen, dtype):
-    """A network without our layers, a linear probe, and a frozen stem; only what is trained gets a gradient."""
+    """A network without our layers, a linear probe and a frozen stem; only trained parameters get a gradient."""
     torch.manual_seed(0)
     model = create_model("bn_nfnet_nano" if frozen == "none of ours" else "nfnet_nano", 4).to(dtype)
     if frozen == "all but the head":
@@ -496,7 +496,7 @@ def test_weights_are_reused_whatever_is_trained(frozen, dtype):
         assert (p.grad is not None) == p.requires_grad, name
 
 
-def test_layers_with_weights_of_their_own_are_standardized_by_themselves():
+def test_layers_that_override_standardized_weight_are_standardized_one_by_one():
     torch.manual_seed(0)
     layers = nn.ModuleList([WSConvTranspose2d(4, 6, 3, stride=2, groups=2), WSConv2d(4, 6, 3), WSConv1d(4, 6, 3)])
     for layer in layers.double():
