@@ -525,7 +525,7 @@ def test_activations_do_not_overwrite_the_shortcut_once_the_normalization_betwee
     nf = convert_to_nf(model, x)
     shortcut = nf.stem(x)
     torch.testing.assert_close(nf(x), shortcut + nf.f[2](shortcut.relu()))
-    with pytest.raises(InputError, match=r"f\.0 \(a function behind it overwrites"):
+    with pytest.raises(InputError, match=r"f\.0 \(a function after it overwrites"):
         convert_to_nf(Net(nn.BatchNorm2d(8), InPlace(), nn.Conv2d(8, 8, 1)), x)
 
 

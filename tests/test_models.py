@@ -316,7 +316,7 @@ def test_bad_weight_files(tmp_path):
     refuse(b"", "damaged")
     refuse(data[: len(data) // 2], "damaged")
     refuse(b"PK\x03\x04" + data, "damaged")
-    refuse(save({"x": torch.zeros(1)}), "no file that normfree wrote")
+    refuse(save({"x": torch.zeros(1)}), "normfree did not write this file")
 
     def edited(**values) -> bytes:
         header = json.loads(info.to_metadata()["normfree"]) | values

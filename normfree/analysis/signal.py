@@ -1,7 +1,7 @@
 """Signal propagation plots: mean and variance of a network's activations, block by block.
 
-Brock, De, Smith 2021 (arXiv 2101.08692), section 3. A network whose variance explodes, whose mean drifts or whose
-branches fall silent shows it here, before a step of training.
+Brock, De, Smith 2021 (arXiv 2101.08692), section 3. Exploding variance, drifting means and silent branches show here,
+before any training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 PLOT_SUFFIXES = (".pdf", ".png", ".svg")
 DEFAULT_PX = 224  # for networks that do not say
 PANELS = {"squared_mean": "squared mean", "variance": "variance", "branch_variance": "branch variance"}
-# Okabe and Ito's colours, which those who confuse red and green can tell apart; in grey, line styles do it
+# Okabe and Ito's colours, distinguishable without red-green vision; line styles distinguish them in grey
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-."), ("#000000", "-"), ("#E69F00", "--"))
 OPEN_CIRCLES: dict[str, Any] = dict(linestyle="", marker="o", markersize=6, markerfacecolor="white")
 SMALLEST = 1e-6  # a squared mean below this is rounding
@@ -41,7 +41,7 @@ SMALLEST = 1e-6  # a squared mean below this is rounding
 
 @dataclass(frozen=True)
 class SignalTable:
-    """What `trace_signal` measured, first the stem, then every residual block, and on which input."""
+    """Measurements of `trace_signal`, for the stem and every residual block, and a description of the input."""
 
     blocks: tuple[BlockSignal, ...]
     input: str
@@ -113,7 +113,7 @@ def _native_px(model: nn.Module) -> int:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool | None) -> Iterator[bool]:
-    """Sets the mode for a while; yields whether some batch normalization uses the statistics of the batch."""
+    """Sets the mode temporarily; yields whether any batch normalization uses the statistics of the batch."""
     before = [(module, module.training) for module in model.modules()]
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     try:
@@ -128,16 +128,16 @@ def _mode(model: nn.Module, training: bool | None) -> Iterator[bool]:
 
 
 def _is_fresh(norm: BatchNorm) -> bool:
-    """By the values: converted weights have statistics, but often no count of batches."""
+    """Whether running statistics are initial values; converted weights often lack the count of batches."""
     mean, var = norm.running_mean, norm.running_var
     return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
 
 
 def set_skip_gains(model: nn.Module, value: float) -> int:
-    """Sets what silences the branches at initialisation; returns how many parameters that were.
+    """Sets the parameters that silence branches at initialisation; returns their number.
 
-    The SkipInit gains of our networks and timm's and, as they serve the same end, gains of a last convolution and
-    weights of a last batch normalization that are all 0.
+    They are the SkipInit gains of our networks and timm's, and all-zero gains of a last convolution or weights of a
+    last batch normalization.
     """
     count = 0
     with torch.no_grad():
@@ -193,7 +193,7 @@ def measure_models(
                 tables[name] = _measure(model, images, f"images of {data}")
         except InputError:
             raise
-        except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's ways to refuse a size
+        except (RuntimeError, ValueError, AssertionError) as error:  # how torch and timm refuse a size
             reason = str(error).partition("\n")[0]
             raise InputError(f"{name} cannot run on {batch} images of {side} px: {reason}; try another --px") from None
     return tables
@@ -234,7 +234,7 @@ def _create(name: str) -> nn.Module:
 
 
 def _info(name: str, model: nn.Module) -> ModelInfo:
-    """How images are prepared; the networks of others get what most of them are trained with."""
+    """How images are prepared; networks of other libraries get the most common preparation."""
     if isinstance(model, Network) and model.info:
         return model.info
     return ModelInfo(name, 0, eval_crop="center", mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -260,7 +260,7 @@ def read_images(data: str, info: ModelInfo, px: int, count: int, seed: int = 0) 
 
 
 def format_signals(tables: Mapping[str, SignalTable]) -> str:
-    """The tables side by side; one column of names where all have the same blocks."""
+    """The tables side by side, with one column of names if all have the same blocks."""
     one_column = len({tuple((b.name, b.transition) for b in table) for table in tables.values()}) == 1
     columns = [_format(label, table, i == 0 or not one_column) for i, (label, table) in enumerate(tables.items())]
     widths = [max(map(len, column)) for column in columns]
@@ -332,7 +332,7 @@ def report_signal(
     json_file: str | None,
     device: str | None,
 ) -> None:
-    """`measure_models`, printed, and drawn and written to the files named."""
+    """Prints `measure_models`, and writes the plot and JSON file if named."""
     if not names:
         raise InputError("signal needs a network: normfree signal MODEL ...")
     check_writable(plot, "--plot", endings=PLOT_SUFFIXES, replace=True)

@@ -34,8 +34,8 @@ from normfree.layers import (
 from normfree.models.bn_resnet import SameConv2d
 from normfree.models.network import Network
 
-# plain convolution -> the standardized one, and that for the end of a branch
-KINDS: dict[type[nn.Module], tuple[type[WSConv], type[WSConv]]] = {
+# plain convolution -> its standardized replacement, inside a branch and at its end
+REPLACEMENTS: dict[type[nn.Module], tuple[type[WSConv], type[WSConv]]] = {
     nn.Conv1d: (WSConv1d, BranchEndConv1d),
     nn.Conv2d: (WSConv2d, BranchEndConv2d),
     nn.Conv3d: (WSConv3d, BranchEndConv3d),
@@ -45,16 +45,18 @@ NOISE = {1: (4, 1024), 2: (2, 224, 224), 3: (2, 8, 64, 64)}  # dimensions -> bat
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_to_nf` did; names are those of modules."""
+    """What `convert_to_nf` did, by names of modules."""
 
-    convs: tuple[str, ...]  # now with scaled weight standardization
-    folded: tuple[str, ...]  # batch normalizations that went into the gain and bias of the convolution before them
-    on_stream: tuple[str, ...]  # those elsewhere: with statistics one factor and offset a channel, else nothing
-    branches: dict[str, float]  # what carries α and the SkipInit gain -> the branch's deviation before them
-    left: dict[str, str]  # what stays as it was, and why
+    convs: tuple[str, ...]  # convolutions with scaled weight standardization
+    folded: tuple[str, ...]  # batch normalizations folded into gain and bias of the convolution before them
+    on_stream: tuple[
+        str, ...
+    ]  # other batch normalizations: with statistics a factor and offset per channel, else removed
+    branches: dict[str, float]  # module with α and the SkipInit gain -> standard deviation of the branch before them
+    left: dict[str, str]  # unchanged modules -> reason
     statistics: bool  # whether the batch normalizations had seen data
-    noise: bool  # whether the scales were traced with noise, for want of images
-    before: tuple[BlockSignal, ...]  # `trace_signal` of the original: with its statistics, or those of the batch
+    noise: bool  # whether the scales were measured with noise, because no images were given
+    before: tuple[BlockSignal, ...]  # `trace_signal` of the original, with its statistics or those of the batch
     after: tuple[BlockSignal, ...]  # of the result, branch variances before α and the SkipInit gain
 
     def __str__(self) -> str:
@@ -98,29 +100,28 @@ def convert_to_nf(
 ) -> nn.Module:
     """A normalizer-free copy of a batch-normalized residual network, with the weights of its convolutions.
 
-    Classes, attributes and names of modules stay; what changes is replaced in place in the copy.
+    Classes, attributes and names of modules stay.
 
-    - Convolutions get scaled weight standardization (`WSConv`). Its `input_scale`, γβ of the papers, is one over the
-      deviation that the input has when `x` passes through the network as converted so far; 1 for the first one.
-    - Batch normalization that has seen data goes into gain and bias of the convolution before it, so that the network
-      in evaluation mode is what it was, as far as standardized filters allow: a filter's mean is lost, and only its
-      average effect on `x` is kept, in the bias. Elsewhere it becomes one factor and offset a channel.
-    - Batch normalization as initialised is dropped: gains are 1, biases 0.
-    - The end of every residual branch is multiplied by α * gain, with a learnt SkipInit gain: on the weights of a
-      convolution, or on the output of what else stands there (squeeze-excite), as its submodule `skip_init`.
-      Without statistics α is divided by the deviation of the branch's end, so that the branch adds `alpha`² to the
-      variance, whatever gates it.
+    - Convolutions get scaled weight standardization (`WSConv`). Its `input_scale`, γβ in the papers, is one over the
+      standard deviation of the input when `x` passes through the network as converted so far; 1 for the first one.
+    - Batch normalization with statistics is folded into gain and bias of the convolution before it. In evaluation mode
+      the network then computes the same, as far as standardized filters can: a filter's mean is lost, and the bias
+      keeps only its average effect on `x`. Elsewhere it becomes one factor and offset for each channel.
+    - Batch normalization without statistics is removed: gains are 1, biases 0.
+    - The end of every residual branch is multiplied by α * gain, with a learnable SkipInit gain: on the weights of a
+      convolution, or as a submodule `skip_init` of another last module (squeeze-excite). Without statistics, α is
+      divided by the standard deviation of the branch's end, so every branch adds `alpha`² to the variance.
 
-    Squeeze-excite and other gates are left alone. The result's attribute `conversion`, a
-    `Conversion`, names what was done and what was left. State dict: the original's names without those of the batch
-    normalizations, and gain, bias, input_scale, skip_gain, alpha.
+    Squeeze-excite and other gates stay as they are. The attribute `conversion` of the result, a `Conversion`, lists
+    what was done and what was left. The state dict has the original's names, without batch normalizations, and gain,
+    bias, input_scale, skip_gain, alpha.
 
     Args:
-        x: images as in training (N, C, H, W), some dozens for a trained network; None: noise.
-        alpha: strength of the branches, more than 0.
-        skip_init: first value of the SkipInit gains; None: 1, or 1 / `alpha` for a network with statistics, whose
-            branches then are as strong as they were. (The papers' is 0; AGC keeps a gain of 0 from growing.)
-        strict: refuse a network in which a normalization layer would remain; else it is left and named.
+        x: training images (N, C, H, W), some dozens for a trained network; None: noise.
+        alpha: strength of the branches, above 0.
+        skip_init: initial SkipInit gains; None: 1, or 1 / `alpha` for a network with statistics, which keeps the
+            strength of its branches. (The papers use 0; AGC keeps a gain of 0 from growing.)
+        strict: refuse a network in which normalization would remain; False: leave and list it.
 
     Raises:
         InputError: torch.fx cannot trace the network; nothing to convert; normalization would remain.
@@ -156,23 +157,23 @@ def convert_to_nf(
         before=_signal(original, images, {}),
         after=_signal(result, images, deviations),
     )
-    object.__setattr__(result, "conversion", report)  # nn.Module's types foresee tensors and modules only
+    object.__setattr__(result, "conversion", report)  # nn.Module is typed for tensors and modules only
     modes = {name: m.training for name, m in module.named_modules()}
     for name, m in result.named_modules():
         m.training = modes.get(name, module.training)
     if isinstance(result, Network):
-        result.info = None  # it is no longer the architecture that a weight file would name
+        result.info = None  # a weight file could not describe it
     return result
 
 
 def _noise(first: nn.Conv2d) -> Tensor:
-    """Standard normal input for a network that begins with `first`, always the same."""
+    """Standard normal input for a network that begins with `first`, from a fixed seed."""
     batch, *sides = NOISE[first.weight.ndim - 2]
     return torch.randn(batch, first.in_channels, *sides, generator=torch.Generator().manual_seed(0))
 
 
 def _signal(module: nn.Module, x: Tensor, deviations: dict[str, float]) -> tuple[BlockSignal, ...]:
-    """Signal propagation, with the branch variances known before α; nothing where there are no blocks to measure."""
+    """Signal propagation, with branch variances before α; empty for a network without residual blocks."""
     try:
         signals = trace_signal(module, x)
     except InputError:
@@ -182,15 +183,15 @@ def _signal(module: nn.Module, x: Tensor, deviations: dict[str, float]) -> tuple
 
 
 def _conv_means(module: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
-    """The channel means of what convolutions put out."""
+    """Channel means of the outputs of convolutions."""
     means: dict[str, Tensor] = {}
     hooks = []
     for name in names:
 
-        def note(conv: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
+        def record(conv: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
             means[name] = out.mean(_dims(out))
 
-        hooks.append(module.get_submodule(name).register_forward_hook(note))
+        hooks.append(module.get_submodule(name).register_forward_hook(record))
     module(x)
     for hook in hooks:
         hook.remove()
@@ -198,7 +199,7 @@ def _conv_means(module: nn.Module, names: Iterable[str], x: Tensor) -> dict[str,
 
 
 def _replace_layers(module: nn.Module, graph: Graph) -> None:
-    """Standardized convolutions of gain 1 in place of the old; constants or nothing for batch normalizations."""
+    """Replaces convolutions by standardized ones with gain 1, and batch normalizations by constants or nothing."""
     for conv in graph.convs.values():
         norm = None if conv.norm is None else graph.modules[conv.norm]
         old = cast(nn.Conv2d, graph.modules[conv.name])
@@ -212,13 +213,13 @@ def _replace_layers(module: nn.Module, graph: Graph) -> None:
             layers = OrderedDict[str, nn.Module](affine=affine, **layers)
         module.set_submodule(name, nn.Sequential(layers) if layers else nn.Identity())
     if graph.on_stream and not graph.statistics:
-        for m in module.modules():  # a layer behind a normalization that is gone must not overwrite the shortcut
+        for m in module.modules():  # a layer after a removed normalization must not overwrite the shortcut
             if getattr(m, "inplace", False):
                 cast(Any, m).inplace = False
 
 
 def _scale_and_offset(norm: Any) -> tuple[Tensor, Tensor]:
-    """Batch normalization in evaluation is x -> scale * x + offset."""
+    """Scale and offset of batch normalization in evaluation, x -> scale * x + offset."""
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -227,10 +228,10 @@ def _scale_and_offset(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _standardized(conv: nn.Conv2d, norm: nn.Module | None, ends_branch: bool) -> WSConv:
-    """With the weight itself, gain 1, bias 0. The scale is a tensor, and so is part of the state dict."""
-    same, kind = isinstance(conv, SameConv2d), next(kind for kind in KINDS if isinstance(conv, kind))
+    """The replacement of `conv`, with the same weight, gain 1, bias 0. `input_scale` is a buffer, to be saved."""
+    same, cls = isinstance(conv, SameConv2d), next(cls for cls in REPLACEMENTS if isinstance(conv, cls))
     with torch.device("meta"):  # no random numbers drawn
-        new = cast(Any, KINDS[kind][ends_branch])(
+        new = cast(Any, REPLACEMENTS[cls][ends_branch])(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
@@ -263,7 +264,7 @@ def _dims(x: Tensor) -> list[int]:
 
 
 def _deviation(x: Tensor, place: str) -> float:
-    """Square root of the average over the channels of their variance."""
+    """Standard deviation: the square root of the average channel variance."""
     std = x.to(torch.promote_types(x.dtype, torch.float32)).var(_dims(x), correction=0).mean().sqrt().item()
     if not 0 < std < math.inf:
         raise InputError(f"the signal at {place} has the deviation {std:g}: pass more, larger or other images as x")
@@ -271,7 +272,7 @@ def _deviation(x: Tensor, place: str) -> float:
 
 
 class _Calibration(fx.Interpreter):
-    """Runs a network with its new convolutions and sets each one's scalars, gain and bias just before it is used."""
+    """Runs the converted network and sets the scalars, gain and bias of each convolution just before its call."""
 
     def __init__(
         self, module: nn.Module, graph: Graph, means: dict[str, Tensor], alpha: float, skip_init: float | None
@@ -284,7 +285,7 @@ class _Calibration(fx.Interpreter):
         self.deviations: dict[str, float] = {}
 
     def measure(self, x: Tensor) -> dict[str, float]:
-        """The deviations of the branches, by what ends them."""
+        """The standard deviations of the branches, by the module that ends each."""
         self.run(x)
         for name, std in self.deviations.items():
             end = self.submodules[name]
@@ -294,7 +295,7 @@ class _Calibration(fx.Interpreter):
         return self.deviations
 
     def _add_skip_init(self, end: nn.Module) -> SkipInit:
-        """As a submodule and by a hook, so that all other names stay; a sequence runs its last submodule anyway."""
+        """Adds a submodule and a hook, so that other names stay; nn.Sequential runs the submodule without a hook."""
         skip_init = SkipInit().to(next(self.module.parameters()))
         skip_init.requires_grad_(all(p.requires_grad for p in end.parameters()))
         end.add_module("skip_init", skip_init)
@@ -310,7 +311,7 @@ class _Calibration(fx.Interpreter):
         return super().run_node(n)
 
     def _set_conv(self, conv: ConvSite, x: Tensor) -> None:
-        """Scale for the input x; with statistics, gain and bias for the filters' and the means' sake."""
+        """Sets the scale for input x; with statistics, also the gain and bias that restore filters and means."""
         new = cast(Any, self.submodules[conv.name])
         if not conv.is_first:
             new.input_scale.fill_(1 / _deviation(x, conv.name))
@@ -327,7 +328,7 @@ class _Calibration(fx.Interpreter):
         new.bias.copy_(mean - out.mean(_dims(out)))
 
     def _scale_branch(self, branch: Branch) -> None:
-        """Measures it; from here on it is as strong as its scalars will make it."""
+        """Measures a branch and scales it as its scalars will."""
         out = reduce(operator.mul, (self.env[operand] for operand in branch.operands))
         std = self.deviations[branch.end] = _deviation(out, branch.end)
         factor = self.alpha * self.skip_init if self.plan.statistics else self.alpha / std

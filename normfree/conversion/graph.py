@@ -42,7 +42,7 @@ OFF_IN_EVALUATION = ("DropPath", "StochasticDepth", "DropBlock2d")  # classes of
 
 
 def is_norm(module: nn.Module) -> bool:
-    """By its class, or by the name of the class where it is not PyTorch's and has numbers of its own."""
+    """Whether a module normalizes: by class, or for other libraries' by class name, if it has parameters or buffers."""
     if isinstance(module, (*BATCH_NORMS, *OTHER_NORMS)):
         return True
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -50,7 +50,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _has_statistics(norm: Any) -> bool:
-    """Whether it has seen data. (Old weight files do not count the batches.)"""
+    """Whether batch normalization has seen data. (Old weight files lack the count of batches.)"""
     mean, var = norm.running_mean, norm.running_var
     return mean is not None and bool(mean.any() or (var != 1).any())
 
@@ -70,7 +70,7 @@ def _why_not(conv: Any) -> str | None:
 
 
 class _Tracer(fx.Tracer):
-    """Single steps are normalizations, convolutions, what has neither inside, and gates."""
+    """Leaves are normalizations, convolutions, modules that contain neither, and gates."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_norm(m) or isinstance(m, CONVS):
@@ -81,7 +81,7 @@ class _Tracer(fx.Tracer):
 
 
 def _is_gate(module: nn.Module) -> bool:
-    """Whether it averages over the image, as squeeze-excite does; or cannot be looked into."""
+    """Whether a module averages over the image, as squeeze-excite does, or cannot be traced."""
     try:
         graph = fx.Tracer().trace(module)
     except Exception:
@@ -99,45 +99,45 @@ class ConvSite:
     """A convolution that can be converted."""
 
     name: str
-    is_first: bool  # none before it
-    norm: str | None = None  # the batch normalization right behind it
+    is_first: bool  # no convolution before it
+    norm: str | None = None  # the batch normalization right after it
     ends_branch: bool = False
 
 
 @dataclass
 class Branch:
-    """A residual branch: the module that ends it, the operands of the sum that it is (the product of)."""
+    """A residual branch: the module that ends it, and the operands of the sum whose product it is."""
 
     end: str
     operands: list[fx.Node]
-    scaled: fx.Node  # that of them which comes from `end`
+    scaled: fx.Node  # the operand that comes from `end`
 
 
 class Graph:
-    """Every convolution, normalization and residual sum of a network in evaluation mode, and what may become of it."""
+    """Every convolution, normalization and residual sum of a network in evaluation mode, and what can be done to it."""
 
     def __init__(self, module: nn.Module):
         try:
             self.fx = _Tracer().trace(module)
-        except Exception as error:  # whatever the network's code raises when given symbols instead of tensors
+        except Exception as error:  # the network's code may raise anything when it gets symbols instead of tensors
             reason = str(error).partition("\n")[0]
             raise InputError(f"torch.fx cannot trace {type(module).__name__}: {reason}") from error
         self.modules = dict(module.named_modules())
         self.calls = Counter(node.target for node in self.fx.nodes if node.op == "call_module")
         self.statistics = any(isinstance(m, BATCH_NORMS) and _has_statistics(m) for m in self.modules.values())
         self.convs: dict[fx.Node, ConvSite] = {}
-        self.norms: list[str] = []  # batch normalizations that can go
-        self.on_stream: list[str] = []  # those of them that do not follow a convolution
+        self.norms: list[str] = []  # batch normalizations that can be removed
+        self.on_stream: list[str] = []  # those among them that do not follow a convolution
         self.branches: dict[fx.Node, Branch] = {}  # by their sums
         self.left: dict[str, str] = {}
-        self.remaining: dict[str, str] = {}  # the same for what normalizes
-        behind: dict[fx.Node, int] = {}  # the convolutions on the ways to a node, as bits
+        self.remaining: dict[str, str] = {}  # the same for normalizations
+        convs_before: dict[fx.Node, int] = {}  # the convolutions on the paths to a node, and itself, as bits
         for i, node in enumerate(self.fx.nodes):
-            behind[node] = reduce(operator.or_, (behind[source] for source in node.all_input_nodes), 0)
+            convs_before[node] = reduce(operator.or_, (convs_before[source] for source in node.all_input_nodes), 0)
             called = self._called(node)
             if isinstance(called, CONVS):
-                self._add_conv(node, is_first=behind[node] == 0)
-                behind[node] |= 1 << i
+                self._add_conv(node, is_first=convs_before[node] == 0)
+                convs_before[node] |= 1 << i
             elif called is not None and is_norm(called):
                 self._add_norm(node, called)
             elif node.target in NORM_FUNCTIONS:
@@ -145,7 +145,7 @@ class Graph:
             elif node.target in CONV_FUNCTIONS:
                 self.left[_place(node)] = "a function, no layer"
             elif node.target in (*ADDS, *ADDCMULS):
-                self._add_sum(node, behind)
+                self._add_sum(node, convs_before)
         self._name_unreached()
 
     def _called(self, node: fx.Node) -> nn.Module | None:
@@ -164,7 +164,7 @@ class Graph:
             self.left[name] = why
 
     def _follows_global_pool(self, conv: fx.Node) -> bool:
-        """Whether one is on the way back, as far as that does not fork, and no batch normalization comes after."""
+        """Whether a global pool precedes `conv`, without a fork between, and no batch normalization follows."""
         if any(isinstance(self._called(user), BATCH_NORMS) for user in conv.users):
             return False
         node = conv
@@ -188,18 +188,18 @@ class Graph:
             self.norms.append(name)
             self.convs[source].norm = name
         elif any(user.kwargs.get("inplace") or str(user.target).endswith("_") for user in node.users):
-            self.remaining[name] = "a function behind it overwrites its output, which would be its input"
+            self.remaining[name] = "a function after it overwrites its output, which would become its input"
         else:
             self.norms.append(name)
             self.on_stream.append(name)
 
-    def _add_sum(self, node: fx.Node, behind: dict[fx.Node, int]) -> None:
-        """The branch is the operand with more convolutions that are not on the other's way, too."""
+    def _add_sum(self, node: fx.Node, convs_before: dict[fx.Node, int]) -> None:
+        """Adds a residual sum. Its branch is the operand with more convolutions that the other does not depend on."""
         operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
         if len(operands) != (3 if node.target in ADDCMULS else 2):
             return
         sides = [operands[:1], operands[1:]]
-        first, second = (reduce(operator.or_, (behind[operand] for operand in side)) for side in sides)
+        first, second = (reduce(operator.or_, (convs_before[operand] for operand in side)) for side in sides)
         lead = (first & ~second).bit_count() - (second & ~first).bit_count()
         if lead == 0 and first == second:
             return
@@ -214,7 +214,7 @@ class Graph:
             self.convs[end].ends_branch = True
 
     def _branch_end(self, node: fx.Node) -> fx.Node | None:
-        """The module from which the value of `node` comes, if it goes nowhere else."""
+        """The module that computes the value of `node`, if nothing else uses that value."""
         while len(node.users) == 1:
             called, sources = self._called(node), node.all_input_nodes
             if called is not None and not self._is_identity(node, called):
@@ -227,7 +227,7 @@ class Graph:
         return None
 
     def _is_identity(self, node: fx.Node, called: nn.Module) -> bool:
-        if isinstance(called, BATCH_NORMS):  # gone into the convolution before it
+        if isinstance(called, BATCH_NORMS):  # folded into the convolution before it
             source = self.convs.get(node.all_input_nodes[0])
             rest_is_idle = all(isinstance(child, nn.Identity) for child in called.children())
             return source is not None and source.norm == node.target and rest_is_idle
@@ -245,6 +245,6 @@ class Graph:
 
 
 def _place(node: fx.Node) -> str:
-    """A name for a node that is no module: that of the module it is in, and its own."""
+    """A name for a node that is not a module: its module's name and its own."""
     stack = [name for name in node.meta.get("nn_module_stack", {}) if name]
     return f"{stack[-1]}.{node.name}" if stack else node.name

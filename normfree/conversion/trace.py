@@ -1,6 +1,6 @@
 """Signal propagation: what each residual block of any network does to the mean and variance of its activations.
 
-Blocks are found by what they compute, a residual sum, not by the names of their classes.
+Blocks are identified by their residual sum, not by class names.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class BlockSignal:
 def trace_signal(model: nn.Module, x: Tensor) -> list[BlockSignal]:
     """Measures one forward pass of `model`: first the stem's output, then every residual block, in order.
 
-    A residual block is the innermost module with layers inside whose forward adds two maps (N, C, H, W) of one shape
-    that both come from `x`, one, the branch, through more convolutions than the other. The block's output is that of
-    the module: after the last ReLU of an ordinary ResNet. The branch ends after squeeze-excite and before stochastic
-    depth, SkipInit gain and α (signal_metrics of the released code); in networks that are not ours, where they apply
-    stochastic depth, or else where they add.
+    A residual block is the innermost module with children whose forward adds two maps (N, C, H, W) of equal shape
+    that both depend on `x`, one of them, the branch, through more convolutions. The block's output is that of the
+    module, after the last ReLU in an ordinary ResNet. The branch ends after squeeze-excite and before stochastic
+    depth, SkipInit gain and α (signal_metrics of the released code). In other libraries' networks it ends at
+    stochastic depth, or else at the sum.
 
-    Modules keep their modes, so that batch normalization in training mode uses the statistics of the batch. Parameters,
-    buffers (running statistics, too) and random state are afterwards what they were.
+    Modules keep their modes, so batch normalization in training mode uses the statistics of the batch. Parameters,
+    buffers (including running statistics) and random state are restored.
 
     Args:
         x: images (N, C, H, W) on the model's device, in its dtype.
@@ -99,7 +99,7 @@ def _squared_mean_and_variance(x: Tensor) -> tuple[float, float]:
 
 @dataclass(eq=False)
 class _Node:
-    """Where a tensor comes from: the tensors it was computed of, and the convolutions on the longest way to it."""
+    """The origin of a tensor: the tensors it was computed from, and the convolutions on the longest path to it."""
 
     index: int
     convs: int
@@ -118,7 +118,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A residual sum. `entry`: the statistics of what came into the block, if it may be the first."""
+    """A residual sum. `entry`: the statistics of the block's input, if the block may be the first."""
 
     entry: tuple[float, float] | None
     convs: int
@@ -128,7 +128,7 @@ class _Sum:
 
 @dataclass(eq=False)
 class _Frame:
-    """A module while it runs."""
+    """A running module."""
 
     name: str
     module: nn.Module
@@ -138,7 +138,7 @@ class _Frame:
 
 
 class _Tracer(TorchFunctionMode):
-    """Sees every function of torch that the model calls and, by its hooks, which module calls it."""
+    """Intercepts every torch function that the model calls; hooks tell which module calls it."""
 
     def __init__(self, x: Tensor):
         super().__init__()
@@ -176,14 +176,14 @@ class _Tracer(TorchFunctionMode):
                 self.num_nodes += 1
 
     def _find_residual(self, a: Any, b: Any = None, c: Any = 1) -> Callable[[Tensor], _Sum] | None:
-        """If a + b * c is a residual sum, what to make of its result."""
+        """If a + b * c is a residual sum, the function that records its result; else None."""
         nodes, frame = self._nodes_of(a, b), self.frames[-1]
         if len(nodes) < 2 or nodes[0].convs == nodes[1].convs or isinstance(frame.module, Block):
             return None
         if a.ndim != 4 or a.shape != b.shape:
             return None
         (shortcut, x), (branch, end) = sorted(zip(nodes, (a, b * c), strict=True), key=lambda pair: pair[0].convs)
-        # earlier sums that this shortcut goes round were steps inside the branch (Res2Net)
+        # earlier sums that this shortcut bypasses were steps inside the branch (Res2Net)
         frame.sums = [kept for kept in frame.sums if kept.convs <= shortcut.convs]
         transition = not branch.descends_from(shortcut)
         entry = None

@@ -29,9 +29,9 @@ from normfree.weights import ModelInfo
 
 
 class FeatureInfo(list[dict]):
-    """timm's convention: one {num_chs, reduction, module, index} for each feature map, and what is asked of them.
+    """timm's convention: one {num_chs, reduction, module, index} for each feature map.
 
-    Without `idx` the answers are for the maps that the network returns, `out_indices`; with it for that map or those.
+    Methods describe the map or maps `idx`; by default those that the network returns, `out_indices`.
     """
 
     def __init__(self, rows: Iterable[dict] = (), out_indices: Sequence[int] | None = None):
@@ -69,8 +69,8 @@ class FeatureInfo(list[dict]):
 class ClassifierHead(nn.Module):
     """Global average pool, dropout, linear layer: (N, C, H, W) -> (N, num_classes); num_classes 0: no linear layer.
 
-    `global_pool` "": no pool either, for maps (N, C, H, W). `std` is the deviation of a new classifier's weights, whose
-    bias is 0.
+    `global_pool` "" leaves out pooling, for maps (N, C, H, W). `std` is the standard deviation of a new classifier's
+    weights; its bias is 0.
     """
 
     def __init__(
@@ -164,8 +164,9 @@ def same_avg_pool(x: Tensor) -> Tensor:
 
 
 class Recomputation:
-    """Context in which `module` is computed once more: with the weights of the first time (`reuse_weights`), though by
-    another thread, and with buffers, such as running averages, handed back as they were found.
+    """Context for recomputing `module`, possibly in another thread, with the weights of the first time.
+
+    Buffers, such as running averages, are restored.
     """
 
     def __init__(self, module: nn.Module):
@@ -182,15 +183,15 @@ class Recomputation:
 
 
 def rematerialize(block: nn.Module, x: Tensor) -> Tensor:
-    """`block(x)`, computed once more in the backward pass, where no running average counts the batch again."""
-    if torch.compiler.is_compiling():  # the compiler repeats no update, and takes no context
+    """`block(x)` with activation checkpointing; running averages count the batch once."""
+    if torch.compiler.is_compiling():  # the compiler repeats no update, and does not accept a context
         return checkpoint(block, x, use_reentrant=False)
     contexts = nullcontext(), Recomputation(block)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 def run_stem(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """Layers in a row; an activation is the next convolution's to compute."""
+    """Applies layers in sequence; each activation is computed by the convolution after it."""
     before = None
     for layer in layers:
         if isinstance(layer, Activation):
@@ -201,7 +202,7 @@ def run_stem(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 class Stem(nn.Sequential):
-    """Convolutions in a row, and activations."""
+    """A sequence of convolutions and activations."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) -> (N, C, h, w)."""
@@ -209,7 +210,7 @@ class Stem(nn.Sequential):
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row; with `grad_checkpointing` each is computed once more in the backward pass."""
+    """A sequence of blocks; with `grad_checkpointing` each is recomputed in the backward pass."""
 
     grad_checkpointing = False
 
@@ -224,8 +225,7 @@ class Network(nn.Module):
     """A network of stem, stages, final convolution or none, activation, head.
 
     Images (N, in_channels, H, W), normalized, any H and W from 32 px up -> logits (N, num_classes), or the list of
-    feature maps `out_indices` of `feature_info` where `features_only` was asked for. Subclasses build the parts and
-    call `_finish`.
+    feature maps `out_indices` of `feature_info` if `features_only`. Subclasses build the parts and call `_finish`.
     """
 
     stem: nn.Sequential
@@ -260,16 +260,16 @@ class Network(nn.Module):
         return [name for name, _ in self.stem.named_children()].index(self.feature_tap.removeprefix("stem."))
 
     def _select_features(self, indices: int | Sequence[int]) -> None:
-        # what no requested map needs is taken out, so that every parameter left has a gradient
+        # layers that no requested map needs are removed, so that every remaining parameter has a gradient
         self.out_indices = tuple(self.prune_intermediate_layers(self._take(indices, "out_indices"), prune_norm=True))
         self.feature_info = FeatureInfo(self.feature_info, self.out_indices)
 
     def _take(self, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
-        """Feature maps by number, in their order: the last n for an integer, those that are returned for None."""
+        """Numbers of feature maps, sorted: the last n for an integer, those that are returned for None."""
         num_maps = len(self.stages) + 1
         if indices is None:
             indices = self.out_indices or range(num_maps)
-        elif isinstance(indices, int):  # the last n; more than there are is left as a number that there is not
+        elif isinstance(indices, int):  # the last n; an n that is too large fails the check below
             indices = range(num_maps - indices, num_maps) if indices <= num_maps else [indices]
         if not indices or not all(-num_maps <= i < num_maps for i in indices):
             raise InputError(f"{name} {list(indices)}: this network has the feature maps 0 to {num_maps - 1}")
@@ -278,7 +278,7 @@ class Network(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Takes out what the feature maps `indices` (as in `forward_intermediates`) do not need; returns their numbers.
+        """Removes layers that the maps `indices` (as in `forward_intermediates`) do not need; returns their numbers.
 
         `prune_norm`: the last normalization, in batch-normalized networks; `prune_head`: pooling and classifier.
         """
@@ -291,7 +291,7 @@ class Network(nn.Module):
             self.final_conv = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if shorter or (prune_norm and self.final_norm):
-            self.act, self.info = nn.Identity(), None  # a weight file could not name it
+            self.act, self.info = nn.Identity(), None  # a weight file could not describe it
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return taken
@@ -367,10 +367,10 @@ class Network(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` classes, on the device and in the dtype of the old network; 0: none.
+        """A new classifier for `num_classes` classes, with the network's device and dtype; 0: none.
 
-        `global_pool`: "avg", or "" for maps where there are no classes; None as before. `info` follows: what the
-        classes are called is no longer known.
+        `global_pool`: "avg", or "" for maps if there are no classes; None: unchanged. `info` is updated and loses its
+        class names.
         """
         if self.out_indices is not None:
             raise InputError("a network with features_only has no classifier to reset")
@@ -386,7 +386,7 @@ class Network(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm says of a network: pixels, preparation, and the names of its first and last layer."""
+        """timm's description of a network: image sizes, preparation, names of the first and last layer."""
         cfg = dict(num_classes=self.num_classes, classifier="head.fc")
         cfg |= dict(first_conv=f"stem.{next(name for name, _ in self.stem.named_children())}")
         if self.info is None:
@@ -430,9 +430,9 @@ class Network(nn.Module):
 def block_schedule(depth: Sequence[int], alpha: float, rate: float) -> Iterator[tuple[int, int, float, float]]:
     """(stage, index in the stage, β, stochastic-depth rate) of every block of a normalizer-free network.
 
-    β is one over the deviation that the block's input has at initialisation: its variance starts at 1, grows by α² a
-    block, and starts anew after the first block of a stage, whose shortcut is a fresh convolution. Of n blocks, block i
-    is skipped with probability rate * i / n. Paper section 3; released code.
+    β is one over the standard deviation of the block's input at initialisation. The variance starts at 1, grows by α²
+    per block, and resets after the first block of a stage, whose shortcut is a convolution. Of n blocks, block i is
+    skipped with probability rate * i / n. Paper section 3; released code.
     """
     index, expected_var = 0, 1.0
     for stage in range(4):
@@ -446,11 +446,11 @@ def check_four(**options: Sequence[int] | None) -> None:
     """InputError unless each option is None or four positive numbers."""
     for name, four in options.items():
         if four is not None and (len(four) != 4 or min(four) < 1):
-            raise InputError(f"{name} {tuple(four)}: four positive numbers are needed, one a stage")
+            raise InputError(f"{name} {tuple(four)}: four positive numbers are needed, one for each stage")
 
 
 def check_padding(padding: str) -> None:
-    """InputError unless `padding` is one of the two ways."""
+    """InputError unless `padding` is "same" or "symmetric"."""
     if padding not in ("same", "symmetric"):
         raise InputError(f'padding {padding!r}: "same" or "symmetric"')
 
