@@ -353,7 +353,7 @@ def option_names(target: Any) -> Iterator[str]:
 
 
 def _first_sentence(box: str, verb: str) -> str:
-    """tyro's framed message, up to its first rule, on one line."""
+    """tyro's framed message, up to its first rule, on one line; tyro offers it in no other form."""
     lines = (re.sub(r"[╭╮╰╯│]", "", line).strip() for line in box.splitlines()[1:])
     message = itertools.takewhile(lambda line: line.strip("─"), lines)
     return " ".join(message) or f"these options cannot be used; see normfree {verb} --help"

@@ -367,6 +367,36 @@ def uneven(tmp_path):
     return tmp_path / "uneven"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"optimizer": "adamw"}, {"lr": 0.001 * 0.125**0.5, "weight_decay": 0.05, "clipping": 0.04}),
+        ({"optimizer": "adamw", "lr": 0.002}, {"lr": 0.002, "weight_decay": 0.05}),
+        ({"optimizer": "adamw", "batch_size": 64}, {"lr": 0.0005, "clipping": 0.1}),
+        ({"clip": "norm"}, {"clipping": 1.0, "lr": 0.1}),
+        ({"clip": "norm", "clipping": 3.0}, {"clipping": 3.0}),
+        ({"clip": "none"}, {"clipping": None}),
+        ({"clip": "agc", "model": "bn_resnet50"}, {"clipping": None}),
+    ],
+)
+def test_optimizer_and_clipping_bring_what_goes_with_them(given, expected):
+    network = asked(given["model"]) if "model" in given else None
+    run, reasons = choose(given, Images(3000, ("a", "b"), 128, False), cpu(1000), network)
+    run.check()
+    options = options_of(run)
+    assert {name: options[name] for name in expected} == pytest.approx(expected)
+    if "optimizer" in given:
+        text = next(reason.text for reason in reasons if "weight_decay" in reason.options)
+        assert text.startswith("because --optimizer adamw")
+
+
+def test_clip_options_that_contradict_each_other_are_refused():
+    with pytest.raises(InputError, match=r"--clipping 0\.1 has no effect with --clip none"):
+        choose_recipe(None, {"path": "mnist5k", "clip": "none", "clipping": 0.1})
+    with pytest.raises(InputError, match=r"--clip-eps 0\.1 has no effect with --clip norm"):
+        choose_recipe(None, {"path": "mnist5k", "clip": "norm", "clip_eps": 0.1})
+
+
 def test_training_adds_the_logarithm_of_each_class_share(uneven):
     run = ClassificationRun(
         ModelConfig(width=(16, 16, 16, 16), depth=(1, 1, 1, 1), group_width=8, stochastic_depth=0.0, drop_rate=0.0),

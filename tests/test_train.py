@@ -286,6 +286,10 @@ def test_config_round_trip_and_validation(tmp_path):
     assert load_config(path) == run
     run.check()
     data = json.loads(path.read_text())
+    assert (data.pop("format"), data.pop("task")) == (2, "classification")
+    del data["optim"]["optimizer"], data["optim"]["clip"]
+    path.write_text(json.dumps(data))  # as version 0.1 wrote it
+    assert load_config(path) == run
     data["optim"]["learning_rate"] = 1
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match="unknown field 'learning_rate'"):
