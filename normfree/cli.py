@@ -50,10 +50,10 @@ class Train:
 
     run: ClassificationRun = field(default_factory=ClassificationRun)
     recipe: str | None = None
-    """Where the defaults come from: a recipe of the paper such as nfnet_f0 or nfnet_f0_baseline, or mnist5k; None: they
-    are chosen by the images and the machine, and said."""
+    """Recipe that the defaults come from, such as nfnet_f0, nfnet_f0_baseline or mnist5k; None: they are chosen for the
+    images and the machine, with reasons."""
     resume: str | None = None
-    """Run folder to go on with, from its last checkpoint."""
+    """Run folder to continue, from its last checkpoint."""
     out: str | None = None
     """Run folder to create; None: runs/DATA-MODEL-1, or the next free number."""
 
@@ -71,9 +71,7 @@ def train(args: Sequence[str]) -> None:
         if not (folder / "config.json").is_file():
             raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
         if given & {"recipe", "out"}:
-            raise InputError(
-                f"--resume {folder} goes on with a run as it is, where it is: leave out --recipe and --out"
-            )
+            raise InputError(f"--resume {folder} continues a run as it is, in its folder: leave out --recipe and --out")
         run = parse(Train, "train", args, replace(options, run=load_config(folder / "config.json"))).run
         outcome = classification.resume(folder, run)
     else:
@@ -93,7 +91,7 @@ def train(args: Sequence[str]) -> None:
 
 
 def given_options(args: Sequence[str]) -> set[str]:
-    """Names of the options on a command line that `parse` has accepted, whatever their values."""
+    """Names of the options on a command line that `parse` has accepted."""
     words = (token.split("=")[0].replace("-", "_") for token in args if token.startswith("--"))
     return {word.removeprefix("__").removeprefix("no_") for word in words}
 
@@ -181,7 +179,7 @@ def convert(
     format: Literal["normfree", "timm", "deepmind"] | None = None,
     model: str | None = None,
 ) -> None:
-    """Weights of the authors, of timm and of the Hub to ours, and back; the function is kept.
+    """Convert weights of the authors, of timm and of the Hub to ours, and back. Outputs stay the same.
 
     Args:
         source: Weight file: ours, an authors' .npz, a timm .safetensors or .pth; or hf://OWNER/NAME.
@@ -258,7 +256,7 @@ def pack_data(
     quality: int = 90,
     workers: int | None = None,
 ) -> None:
-    """Write a data set as tar shards, training and validation. Interrupted, the same command goes on where it was.
+    """Write a data set as tar shards, training and validation. If interrupted, repeat the command to continue.
 
     Args:
         data: What `normfree train` takes: an image folder, a name, ...
@@ -279,7 +277,7 @@ def pack_data(
 
 
 def readers(workers: int | None) -> int:
-    """Processes for work that is all reading."""
+    """Number of processes for work that is mostly reading."""
     check_range("workers", workers, 0, MAX_WORKERS)
     return max(1, (os.cpu_count() or 2) - 1) if workers is None else workers
 
@@ -318,14 +316,14 @@ def parse(target: Callable[..., Any], verb: str, args: Sequence[str], default: A
     if {"-h", "--help"} & set(args):
         _join_lines(target)
     given = {} if default is None else {"default": default}
-    said = io.StringIO()
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(box):
             return tyro.cli(target, prog=f"normfree {verb}", args=args, config=(OmitArgPrefixes,), **given)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_first_sentence(said.getvalue(), verb)) from None
+        raise InputError(_first_sentence(box.getvalue(), verb)) from None
 
 
 def _join_lines(target: Any) -> None:
@@ -362,7 +360,7 @@ def _first_sentence(box: str, verb: str) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0; 1 the run failed; 2 bad input; 128 + n stopped by signal n."""
     args = sys.argv[1:] if args is None else list(args)
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what neither UTF-8 nor the locale has
+    for stream in (sys.stdout, sys.stderr):  # file names may not be valid in UTF-8 or the locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -370,7 +368,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as error:
         _fail(str(error), 2)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         _drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
@@ -413,7 +411,7 @@ def _run(args: Sequence[str]) -> None:
 
 
 def _drop_output() -> None:
-    """Nothing more is written to standard output, which cannot be written to; Python would try so at its end."""
+    """Redirects standard output, which cannot be written to, to nowhere: Python would try to flush it at exit."""
     with contextlib.suppress(OSError, ValueError):  # no such file descriptor, as in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,4 +1,4 @@
-"""A run as a value: frozen dataclasses that say everything about it, their validation, and JSON."""
+"""The configuration of a run: frozen dataclasses with their checks, to and from JSON."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MixPairs = Literal["stream", "batch"]
 OptimizerName = Literal["sgd", "adamw"]
 Clip = Literal["agc", "norm", "none"]
 Precision = Literal["float32", "bfloat16"]
-FORMAT = 2  # of config.json; 1 had no format and no task, and was of a classification
+FORMAT = 2  # of config.json; format 1 named neither format nor task, which was classification
 T = typing.TypeVar("T")
 Chosen = Annotated[T, arg(help_behavior_hint="(default: chosen)")]
-"""An option that `normfree train` chooses where it is not given; its default is for Python."""
+"""An option that `normfree train` chooses if it is not given; its default applies in Python."""
 
 
 MAX_PX, MAX_SEED, MAX_WORKERS = 4096, 2**32 - 1, 256
@@ -36,7 +36,7 @@ MAX_PX, MAX_SEED, MAX_WORKERS = 4096, 2**32 - 1, 256
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. What is None keeps the variant's own value."""
+    """The network. None keeps the variant's own value."""
 
     model: Chosen[str] = "nfnet_nano"
     """Name of the network; `normfree models` lists them."""
@@ -47,7 +47,7 @@ class ModelConfig:
     drop_rate: Chosen[float | None] = None
     """Dropout before the classifier, 0 to 1."""
     stochastic_depth: Chosen[float | None] = None
-    """Rate at which the deepest blocks are skipped in training, 0 to 1; None: 0.25; nf_resnet, nf_regnet: 0.1."""
+    """Rate at which the deepest block is skipped in training, 0 to 1; None: 0.25; nf_resnet, nf_regnet: 0.1."""
     activation: str | None = None
     """gelu, relu, silu, ...; None: gelu for nfnet, relu for resnets, silu for nf_regnet."""
     second_conv: bool | None = None
@@ -59,12 +59,12 @@ class ModelConfig:
     in_channels: Chosen[int] = 3
     """3: images are read as RGB; 1: as grey."""
     init: str | None = None
-    """Weight file or run folder to start from (fine-tuning); the classifier keeps the classes that it knows by name."""
+    """Weight file or run folder to start from (fine-tuning); the classifier keeps classes with the same names."""
     freeze: bool = False
     """Train the classifier only (linear probe)."""
 
     def overrides(self) -> dict[str, Any]:
-        """What is given to the variant, by name."""
+        """Options of the variant that are set, by name."""
         others = ("model", "in_channels", "init", "freeze")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
@@ -81,37 +81,37 @@ class DataConfig:
     """An image folder (CLASS/*.jpg, or train/CLASS and validation/CLASS), a CSV file of paths and labels, tar shards,
     Parquet, hf://datasets/OWNER/NAME, or a name such as `mnist5k` or `cifar10`; see docs/data.md."""
     validation_fraction: float = 0.1
-    """About the share of each class to hold out where the data has no validation images of its own."""
+    """Share of each class to hold out, approximately, if the data has no validation images."""
     train_px: Chosen[int | None] = None
     """Side of the training images in pixels; None: the network's."""
     eval_px: Chosen[int | None] = None
     """Side of the evaluation images in pixels; None: the network's."""
     min_area: Chosen[float] = 0.08
-    """Smallest share of a picture that a random training crop covers."""
+    """Smallest share of the image's area in a random training crop."""
     flip: Chosen[bool] = True
-    """Mirror half of the training images; off where left and right differ, as in digits."""
+    """Mirror half of the training images; switch it off if left and right differ, as in digits."""
     crop_style: Chosen[CropStyle] = "pil"
     """pil: training crops as torchvision draws them, resized with antialiasing; paper: as the released code; shift: the
     whole image, moved by up to 1/16 of its side, for small images."""
     mixup: Chosen[float] = 0.0
-    """α of MixUp; 0: without; the paper's is 0.2. It takes half of the batch if CutMix takes the rest."""
+    """α of MixUp; 0: off; the paper's is 0.2. With CutMix, each is applied to half of the batch."""
     cutmix: Chosen[float] = 0.0
-    """α of CutMix; 0: without; the paper's is 1."""
+    """α of CutMix; 0: off; the paper's is 1."""
     mix_pairs: MixPairs = "stream"
     """What is mixed. stream: two images are read for each, as in the released code; batch: an image and the next one of
     its batch, so that each is read once."""
     randaugment_layers: Chosen[int] = 0
-    """RandAugment operations on each training image; 0: without; the paper's is 4."""
+    """RandAugment operations on each training image; 0: off; the paper's is 4."""
     randaugment_magnitude: float = 5.0
     """Their strength, 0 to 30; the paper's is 5 for F0, 10 for F1 and F2, 15 from F3 on."""
     randaugment_style: AugmentStyle = "paper"
-    """paper: the released code's arithmetic, made for about 224 px and up; pil: for one's own images of any size."""
+    """paper: the released code's arithmetic, for about 224 px and more; pil: for images of any size."""
     eval_crop: EvalCrop = "center"
     """center: keep the aspect, resize with antialiasing, crop. The others are the authors' crops."""
     crop_fraction: float = 1.0
     """Share of the short side that the center crop keeps."""
     max_unreadable: float = 0.05
-    """Stop when more than this share of the training images cannot be read."""
+    """Stop if more than this share of the training images cannot be read."""
 
     def check(self) -> None:
         """Raises InputError for the first value out of its range."""
@@ -145,19 +145,19 @@ class OptimConfig:
     """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
     `--mix-pairs batch`."""
     steps: int | None = None
-    """Length of the run in steps, where that is not for the number of images to decide; None: as `epochs` says."""
+    """Length of the run in steps; None: `epochs`."""
     batch_size: Chosen[int] = 64
     """Images in one step."""
     micro_batch: Chosen[int | None] = None
-    """Images that go through the network at once, their gradients added up; smaller where memory ends; None: all."""
+    """Images that pass through the network at once; gradients are accumulated. Lower it to save memory; None: all."""
     lr: Chosen[float] = 0.1
     """Peak learning rate; the paper's is 0.1 * batch / 256."""
     warmup_epochs: Chosen[float] = 1.0
-    """Epochs over which the learning rate rises from 0."""
+    """Epochs in which the learning rate rises from 0."""
     warmup_steps: int | None = None
-    """The same in steps; None: as `warmup_epochs` says."""
+    """The same in steps; None: `warmup_epochs`."""
     final_lr: float = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     optimizer: OptimizerName = "sgd"
     """sgd: SGD with Nesterov momentum, the paper's; adamw."""
     momentum: float = 0.9
@@ -170,17 +170,17 @@ class OptimConfig:
     clipping: Chosen[float | None] = 0.01
     """AGC's λ, larger for small batches; with `--clip norm` the largest norm; None clips nothing."""
     clip_eps: float = 1e-3
-    """AGC's ε, the smallest weight norm that counts."""
+    """AGC's ε, a lower bound on the weight norm."""
     sam_rho: float = 0.0
-    """Sharpness-aware minimization: how far the weights climb before the gradient is taken; 0: without; 0.05."""
+    """ρ of sharpness-aware minimization, the radius of the ascent; 0: off; the paper's is 0.05."""
     sam_fraction: float = 0.2
-    """Share of the batch that decides where uphill is."""
+    """Share of the batch that the ascent uses."""
     label_smoothing: float = 0.1
-    """Share of the label that is spread over all classes."""
+    """Share of the label that is distributed over all classes."""
     balance: Chosen[float] = 0.0
-    """0: classes count by their images; 1: all alike, however few images they have (logit adjustment); or between."""
+    """0: classes weigh as many images as they have; 1: all weigh the same (logit adjustment); or in between."""
     ema_decay: float = 0.99999
-    """Moving average of the weights, with warm-up; the average is what is evaluated and kept."""
+    """Decay of the moving average of the weights, with warm-up. The average is evaluated and saved."""
 
     def check(self) -> None:
         """Raises InputError for the first value out of its range."""
@@ -217,22 +217,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """How the run is carried out; nothing here changes its numbers on the same device, so --resume may change it."""
+    """Where and how a run is executed. It does not affect numbers on the same device, so --resume may change it."""
 
     device: str | None = None
-    """cuda, mps or cpu; None: the first of these that is there."""
+    """cuda, mps or cpu; None: the first that is available."""
     workers: int | None = None
-    """Processes that read images; None: one less than the cores, at most 8, and none for what fits into memory."""
+    """Processes that read images; None: one less than the cores, at most 8, and none for data that fits into memory."""
     eval_every: Chosen[float] = 1.0
     """Epochs between evaluations on the validation images."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; one is also written at every evaluation and when the run is interrupted."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints to keep."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
-    """Weights & Biases project for the numbers of log.jsonl, after `pip install wandb`; None: without."""
+    """Weights & Biases project for the numbers of log.jsonl (`pip install wandb`); None: off."""
 
     def check(self) -> None:
         """Raises InputError for the first value out of its range."""
@@ -244,7 +244,7 @@ class MachineConfig:
 
 
 class Run(Protocol):
-    """What the configurations of all tasks share: frozen dataclasses, of which the same value gives the same run."""
+    """What the configurations of all tasks share. They are frozen dataclasses; equal values give equal runs."""
 
     task: ClassVar[str]
 
@@ -261,7 +261,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class ClassificationRun:
-    """Everything about the training of a classifier."""
+    """The configuration of a classifier's training."""
 
     task: ClassVar[str] = "classification"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -269,7 +269,7 @@ class ClassificationRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     seed: int = 0
-    """Order, augmentation, initialisation, dropout: all follow from it."""
+    """Determines order, augmentation, initialisation and dropout."""
     precision: Precision = "float32"
     """bfloat16: convolutions and activations in bfloat16, weights and their update in float32."""
 
@@ -290,7 +290,7 @@ def _need(good: bool, message: str) -> None:
 
 
 def options_of(config: Any) -> dict[str, Any]:
-    """Every option of a run by its name, which no two parts share."""
+    """Every option of a run, by name; names are unique across its parts."""
     options: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -302,7 +302,7 @@ Config = typing.TypeVar("Config")
 
 
 def with_options(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with the options of these names set, in whichever of its parts they are."""
+    """`config` with these options set, in whichever part they are."""
     changed: dict[str, Any] = {}
     for f in dataclasses.fields(typing.cast(Any, config)):
         value = getattr(config, f.name)
@@ -352,8 +352,7 @@ def load_config(path: str | os.PathLike, cls: type[Config] = ClassificationRun) 
         raise InputError(f"{path} is no configuration of a run ({error})") from None
 
 
-# No library reads dataclasses from JSON as strictly as the command line is read: with unknown fields named, and 1 not
-# taken for True.
+# Our own, since none of the libraries that we depend on reads dataclasses strictly: it would take 1 for True.
 def _from_json(cls: type, values: dict[str, Any]) -> Any:
     hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if typing.get_origin(hint) is not ClassVar}
     unknown = values.keys() - hints.keys()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and folders that belong to one process at a time."""
+"""Atomic writes, and locks on folders."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from filelock import FileLock, Timeout
 
 from normfree.errors import InputError, one_line
 
-_LOCK_SECONDS = 8  # in which the data workers of a process that was killed end, and let go
-# what keeps a disk from taking more; everything else that keeps a file from being written is about its name or place
+_LOCK_SECONDS = 8  # until the data workers of a killed process have ended and released it
+# errors of a full or failing disk; all others concern the name or place of a file
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 whatever the locale; bytes of file names that are not UTF-8 as Python escapes them: \\udc80 to \\udcff."""
-    with contextlib.suppress(UnicodeEncodeError):  # under other locales Python escapes all letters that are not ASCII
+    """UTF-8 in any locale. Bytes of file names that are not UTF-8 are escaped as Python does: \\udc80 to \\udcff."""
+    with contextlib.suppress(UnicodeEncodeError):  # in other locales Python escapes all non-ASCII letters
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     return text.encode("utf-8", "backslashreplace")
 
@@ -35,7 +35,7 @@ def check_writable(
     replace: bool = False,
     parents: bool = False,
 ) -> None:
-    """Raises InputError, before the work, where its result could not be written to `path`, which `option` gave.
+    """Raises InputError if results could not be written to `path`, the value of `option`. Called before the work.
 
     Its name must have one of `endings`. With `replace` a file may be there already; with `parents` folders on the way
     may be missing, as they will be made. A file is made and removed at once: permissions, read-only file systems and
@@ -53,7 +53,7 @@ def check_writable(
         if not (replace and os.path.exists(path)) or os.path.isdir(path):
             open(probe, "xb").close()
             os.unlink(probe)
-        elif os.path.isfile(path):  # nothing is to be learnt from a pipe or a device, and a pipe could be closed by it
+        elif os.path.isfile(path):  # not a pipe, which this could close, nor a device
             open(path, "ab").close()
     except FileExistsError:
         kind = "is a folder and " if os.path.isdir(path) else ""
@@ -66,7 +66,7 @@ def check_writable(
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, so that a reader never sees half a file.
+    """A temporary path next to `path`, renamed to it at the end: readers never see half a file.
 
     The file gets the mode that `open` would give it. Where `path` is a symbolic link, its target is replaced. With
     `durable` the file is on the disk before it gets its name: it survives a loss of power.
@@ -84,7 +84,7 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
         with temporary.open("wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
-        temporary.chmod(mode)  # a library may have made a file of its own, for its owner alone
+        temporary.chmod(mode)  # a library may have replaced the file by one that only its owner can read
         if durable:
             sync(temporary)
         temporary.replace(final)
@@ -99,8 +99,10 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk; folders, where the system can."""
-    with contextlib.suppress(*[OSError] if path.is_dir() else []):  # Windows opens none, some file systems sync none
+    """Waits until a file is on the disk; for a folder, if the system supports that."""
+    with contextlib.suppress(
+        *[OSError] if path.is_dir() else []
+    ):  # Windows cannot open folders, some file systems cannot sync them
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -115,7 +117,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """The folder of a run is this process's until the context is left; InputError while it is another's."""
+    """Locks the folder of a run for this process; InputError if another process has it."""
     try:
         with FileLock(folder / ".lock", timeout=_LOCK_SECONDS):
             yield

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not there at all, and free of pickles.
+"""Checkpoints to resume from. They are written atomically and contain no pickles.
 
 A checkpoint is a folder `step-00001234` with safetensors files (written through torch.distributed.checkpoint) and
 `manifest.json`: the step, further JSON state, and size and SHA-256 of every file. It is written beside its final name
@@ -31,10 +31,10 @@ class DamagedCheckpoint(Exception):
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], keep: int
 ) -> Path:
-    """Writes `folder/step-…`, then removes all but the newest `keep` and what interrupted writes left behind.
+    """Writes `folder/step-…`, then removes all but the newest `keep` and the remains of interrupted writes.
 
     Raises:
-        OSError: as where the disk is full; what was there before is still there, and nothing beside it.
+        OSError: the disk is full, for example. Earlier checkpoints are untouched, and nothing else is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -53,7 +53,7 @@ def save_checkpoint(
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):  # of a file that was being written it does not say which
+        if isinstance(error, OSError):  # the error of a write does not name the file
             raise OSError(error.errno, error.strerror or str(error), str(final)) from None
         raise
     sync(folder)
@@ -63,10 +63,10 @@ def save_checkpoint(
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Through torch.distributed.checkpoint, whose error is a page with the reason in it. Returns the sorted names."""
-    from torch.distributed import checkpoint as dcp  # takes seconds to import, as does all that uses it
+    """Writes tensors through torch.distributed.checkpoint, and returns their sorted names."""
+    from torch.distributed import checkpoint as dcp  # slow to import
 
-    # safetensors takes no strides; a copy on the device would take memory that the next step may need
+    # safetensors needs contiguous tensors; a copy on the device would take memory from the next step
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with _quiet():
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         with _quiet():
             dcp.load(packed, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-    except Exception as error:  # whatever torch's reader makes of bytes that pass their checksum
+    except Exception as error:  # torch's reader can raise anything
         raise DamagedCheckpoint(one_line(error)) from None
     for name, tensor in into.items():
         tensor.detach().copy_(packed[name])
@@ -101,7 +101,7 @@ def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as it says."""
+    """The manifest of a checkpoint; DamagedCheckpoint unless all files agree with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, (size, checksum) in manifest["files"].items():
@@ -129,10 +129,10 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_free(path: Path) -> None:
-    """InputError where a run's folder is to be and something is there already."""
+    """Raises InputError if a run's folder cannot be created at `path`, because something else is there."""
     try:
         os.fspath(path).encode()
-    except UnicodeEncodeError:  # neither TensorBoard nor safetensors takes it
+    except UnicodeEncodeError:  # TensorBoard and safetensors need UTF-8
         raise InputError(
             f"{path}: the name of a run's folder must be UTF-8, and the locale too, as LC_ALL=C.UTF-8"
         ) from None
@@ -150,7 +150,7 @@ def new_run_folder(path: Path) -> None:
 
 
 def numbered_run_folder(stem: Path) -> Path:
-    """Creates STEM-N with the smallest N that is free; of two processes at once each gets its own."""
+    """Creates STEM-N with the smallest free N; two processes never get the same one."""
     number = 1
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _all_steps(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that no process group exists; one process needs none."""
+    """Silences torch.distributed.checkpoint, which warns that there is no process group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -15,7 +15,7 @@ from normfree.errors import InputError, nearest
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the first of CUDA, MPS and CPU that is there; InputError if it is not there."""
+    """The device called `name`, else the first of CUDA, MPS and CPU that exists; InputError if there is none."""
     available = ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
     available += ["cpu"]
@@ -35,7 +35,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def processor() -> str:
-    """The name of this machine's processor, with the family and model numbers that tell generations apart."""
+    """The name of this machine's processor, with family and model numbers, which tell generations apart."""
     with contextlib.suppress(OSError, KeyError):
         lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
         about = {key.strip(): value.strip() for key, _, value in lines}
@@ -44,14 +44,14 @@ def processor() -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """What the device has in all; of a CPU and of what shares its memory, the machine's."""
+    """Total memory of the device; for a CPU and for MPS, of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 8.0
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep what it frees, up to 32 MiB at a time, for its next step, where the C library is glibc.
+    """Lets this process keep freed memory, in blocks of up to 32 MiB, for its next step, if the C library is glibc.
 
     Else the maps of every step are fresh pages of the system, each of which it clears first: 4 to 8 % of a step of the
     small networks on a CPU. It is for whoever owns the process, such as the command `normfree train`: it holds for

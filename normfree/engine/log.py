@@ -1,4 +1,4 @@
-"""What a run says: log.jsonl, TensorBoard, wandb, and a progress bar or plain lines on the console."""
+"""Output of a run: log.jsonl, TensorBoard, wandb, and a progress bar or plain lines on the console."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from normfree.files import replacing
 from normfree.native import library, status
 from normfree.weights.file import package_version
 
-PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
+PLAIN_SECONDS = 15.0  # between progress lines without a terminal
 
 
 class ProgressBar:
-    """A bar on a terminal, a line now and then elsewhere; on standard error, so that results can be piped."""
+    """A bar on a terminal, else a line now and then; on standard error, so that results can be piped."""
 
     def __init__(self, what: str, total: int, done: int = 0, unit: str = "steps"):
         self.what, self.total, self.unit = what, total, unit
         self.console = Console(stderr=True)
-        self.lines = deque([(time.monotonic(), done)], maxlen=5)  # when the last plain lines were, and what was done
+        self.lines = deque([(time.monotonic(), done)], maxlen=5)  # times of the last plain lines, and steps done
         self.note = ""
         self.bar: Progress | None = None
         if self.console.is_terminal:
@@ -49,13 +49,13 @@ class ProgressBar:
             self.bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
-        """`note` stays until another one is given."""
+        """Draws the bar; None keeps the last `note`."""
         self.note = self.note if note is None else note
         if self.bar is not None:
             self.bar.update(self.task, completed=done, note=self.note)
         elif (now := time.monotonic()) - self.lines[-1][0] >= PLAIN_SECONDS:
             before, first = self.lines[0]
-            left = (now - before) / max(done - first, 1) * (self.total - done)  # by the speed of late
+            left = (now - before) / max(done - first, 1) * (self.total - done)  # by the recent speed
             self.lines.append((now, done))
             self.say(f"{self.what} {done}/{self.total} {self.unit}  {self.note}  {duration(left)} left")
 
@@ -73,7 +73,7 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives `show(done, total)`, which draws a bar of images."""
+    """Yields `show(done, total)`, which draws a bar of images."""
     with contextlib.ExitStack() as stack:
         bars: list[ProgressBar] = []
 
@@ -93,13 +93,13 @@ def duration(seconds: float) -> str:
 
 
 class RunLog:
-    """log.jsonl, TensorBoard and, where a project is given, wandb. Resuming at a step drops what was logged after it.
+    """log.jsonl, TensorBoard and, with a project, wandb. Resuming at a step drops the lines after it.
 
     wandb keeps what it has and ignores the steps that are taken again; they give the same numbers.
     """
 
     def __init__(self, folder: Path, step: int = 0, wandb_project: str | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # imports slowly
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, folder)
         path = folder / "log.jsonl"
@@ -111,7 +111,7 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One object on one line; numbers also go to TensorBoard and wandb as KIND/NAME. What is not finite is null."""
+        """Writes one object as a line, and its numbers to TensorBoard and wandb as KIND/NAME. NaN and inf become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
@@ -121,7 +121,7 @@ class RunLog:
             self.wandb.log(numbers, step=step)
 
     def differences(self, here: Mapping[str, Any]) -> list[str]:
-        """What of `environment` is another one than when the run was begun, a line each."""
+        """What of `environment` has changed since the run began, one line each."""
         return [f"{k} {v}, was {self.begun[k]}" for k, v in here.items() if self.begun.get(k, v) != v]
 
     def close(self) -> None:
@@ -132,16 +132,16 @@ class RunLog:
 
 
 def wandb_init() -> Callable[..., Any]:
-    """`wandb.init`; InputError where the package is not installed."""
+    """`wandb.init`; InputError if the package is not installed."""
     try:
         return importlib.import_module("wandb").init
-    except (ImportError, AttributeError):  # a folder called wandb, which wandb makes, is imported as an empty package
+    except (ImportError, AttributeError):  # wandb makes a folder `wandb`, which imports as an empty package
         raise InputError("--wandb needs a package that is not installed: pip install wandb") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers of a run depend on and its configuration does not say."""
-    library()  # loaded now, so that its status says which it is
+    """What a run's numbers depend on besides its configuration."""
+    library()  # load it, so that its status names the file
     packages = {name: package_version(name) for name in ("normfree", "torch", "torchvision", "numpy", "pillow")}
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = {"kernels": status(), "threads": torch.get_num_threads(), "vectors": vectors}
@@ -150,7 +150,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _open_wandb(project: str, folder: Path) -> Any:
-    """The wandb run of a run folder; the same one when the folder is resumed.
+    """The wandb run of a run folder, also of a resumed one.
 
     Its id lies in the folder, since names of folders come again: on another machine, or after one was deleted.
     """
@@ -161,12 +161,12 @@ def _open_wandb(project: str, folder: Path) -> Any:
     name = folder.resolve().name
     try:
         return init(project=project, id=id_file.read_text(), resume="allow", name=name, config=config, dir=str(folder))
-    except Exception as error:  # of many kinds: not logged in, no connection, a setting that wandb does not know
+    except Exception as error:  # not logged in, no connection, an unknown setting, ...
         raise InputError(f"--wandb {project}: {' '.join(str(error).split())}") from None
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that parse; a process that was killed may have left half a line."""
+    """The lines up to the first that does not parse: a killed process may have left half a line."""
     lines = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""The training loop, the only one, for every task."""
+"""The only training loop, for every task."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """SIGINT or SIGTERM came; what was done is kept. `exit_code`: 128 + the signal."""
+    """SIGINT or SIGTERM arrived; the work so far is kept. `exit_code`: 128 + the signal number."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -45,7 +45,7 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of every batch that this process takes: the one at `rank` of `size` parts."""
+    """The part of every batch that this process computes: number `rank` of `size` parts."""
 
     rank: int = 0
     size: int = 1
@@ -60,7 +60,7 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """What the loop needs to know of a task.
+    """What the loop needs from a task.
 
     Attributes:
         model: the bare network, for names, the average and saving.
@@ -91,27 +91,27 @@ class Task(Protocol):
         ...
 
     def evaluate(self, forward: Callable[..., Any], shard: Shard, show: Callable[[int, int], None]) -> Evaluation:
-        """The model as it is, exact for any number of ranks; `show(done, total)` takes the progress."""
+        """Evaluates the current weights, exactly for any number of ranks; `show(done, total)` reports progress."""
         ...
 
     def group_of(self, name: str) -> str:
-        """The row of a parameter in the log of AGC."""
+        """The row of the AGC log that a parameter belongs to."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What of the task must survive a kill, as JSON."""
+        """The state of the task that must survive a kill, as JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def save(self, path: Path) -> None:
-        """Writes the weight file of the model as it is."""
+        """Writes a weight file with the current weights."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast, and what happens how often. Steps count from 0.
+    """The length of a run, its learning rate, and the intervals of everything else. Steps count from 0.
 
     Attributes:
         eval_steps: numbers of steps after which the model is evaluated.
@@ -145,7 +145,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """The end of the run in `folder`: figures and details of the last evaluation, the best metric and its epoch."""
+    """The result of a run: figures and details of the last evaluation, the best metric and its epoch."""
 
     last: dict[str, float]
     best: float
@@ -168,7 +168,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
     device = next(model.parameters()).device
     checkpoints = folder / "checkpoints"
 
-    # --- where it starts ---
+    # --- start or resume ---
     extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}, "task": {}}
     start, damaged = 0, []
     if resume:
@@ -198,7 +198,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
         bar.update(step, "")
 
     def check_finite() -> None:
-        """Diverged if a step has been held back; waits for the device."""
+        """Raises Diverged if a step has been held back; waits for the device."""
         if (bad := int(watch.first)) >= 0:
             batch = next(task.batches(range(bad, bad + 1), shard))
             raise Diverged(_blame(task, sam, plan, batch, seed, bad), bad + 1, plan.lr_at(bad))
@@ -214,7 +214,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
             for step, batch in enumerate(wait.over(task.batches(range(start, plan.total_steps), shard)), start):
                 lr = plan.lr_at(step)
                 log_now = (step + 1) % plan.log_every == 0 or step + 1 in plan.eval_steps
-                check = log_now or (step + 1) % check_every == 0  # waits for the device; nothing is saved unchecked
+                check = log_now or (step + 1) % check_every == 0  # waits for the device; nothing is saved without it
                 losses = _gradients(task, sam, plan, batch, seed, step)
                 held = watch.see(step, losses["loss"], update.names)
                 if check:
@@ -252,13 +252,13 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
                     before = time.monotonic()
                     _evaluate(task, ema, plan, done, extra, folder, log, bar)
                     checkpoint(done)
-                    last_log += time.monotonic() - before  # the speed is of training alone
+                    last_log += time.monotonic() - before  # the speed excludes evaluation
                 elif due or (check and signals.received):
                     checkpoint(done)
                 if check and signals.received and done < plan.total_steps:
                     raise Interrupted(f"stopped after step {done} of {plan.total_steps}", 128 + signals.received)
         except Exception:
-            if wait.reading and done > start:  # the steps are whole: what failed is reading the next batch
+            if wait.reading and done > start:  # all steps are complete: reading the next batch failed
                 check_finite()
                 checkpoint(done)
                 bar.say(f"checkpoint after step {done} of {plan.total_steps}")
@@ -267,7 +267,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
             bar.close()
             log.close()
 
-    # --- what is kept ---
+    # --- results ---
     with ema.applied():
         task.save(folder / "last.safetensors")
     seconds = seconds_before + time.monotonic() - began
@@ -278,7 +278,7 @@ Losses = dict[str, Tensor]
 
 
 def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Losses:
-    """Mean losses of the batch of a step. Leaves their gradient in the parameters. Calling it again changes nothing.
+    """Mean losses of the batch of a step, with gradients in the parameters. Repeated calls give the same.
 
     With sharpness-aware minimization, the loss is not finite if the ascent's was not.
     """
@@ -295,9 +295,9 @@ def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: in
 
 
 def _add_gradients(task: Task, batch: Any, num_samples: int, micro_batch: int | None) -> Losses:
-    """Mean losses of a batch, whose gradients are added to those that are there."""
+    """Mean losses of a batch. Adds to the gradients of the parameters."""
     size = min(micro_batch or num_samples, num_samples)
-    on_gpu = next(task.model.parameters()).device.type == "cuda"  # where few large operations beat many
+    on_gpu = next(task.model.parameters()).device.type == "cuda"  # few large operations beat many small ones
     total: Losses = {}
     with reuse_weights(task.model) if size < num_samples or on_gpu else contextlib.nullcontext():
         for part, weight in task.split(batch, size):
@@ -308,13 +308,13 @@ def _add_gradients(task: Task, batch: Any, num_samples: int, micro_batch: int | 
 
 
 class _Watch:
-    """Keeps on the device which step was the first whose loss or gradients were not finite, -1 while there is none."""
+    """Keeps on the device the first step whose loss or gradients were not finite; -1: none so far."""
 
     def __init__(self, device: torch.device):
         self.first = torch.full((), -1, device=device)
 
     def see(self, step: int, loss: Tensor, params: Iterable[Tensor]) -> Tensor:
-        """Whether step `step` must not be made, since it or one before it is at fault; bool scalar on the device."""
+        """Bool scalar on the device: whether to hold back the update, since this or an earlier step is not finite."""
         grads = (local(p.grad) for p in params if p.grad is not None)
         bad = ~(loss.isfinite() & _all_finite([stored_values(grad) for grad in grads]))
         self.first = torch.where(bad & (self.first < 0), torch.full_like(self.first, step), self.first)
@@ -322,7 +322,7 @@ class _Watch:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory in use so far: by tensors on a CUDA device, else by this process; None on Windows."""
+    """Peak memory so far: of tensors on a CUDA device, else of this process; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
@@ -336,9 +336,9 @@ def peak_memory_mib(device: torch.device) -> float | None:
 def _evaluate(
     task: Task, ema: EMA, plan: Plan, done: int, extra: dict[str, Any], folder: Path, log: RunLog, bar: ProgressBar
 ) -> None:
-    """Figures of the raw and of the averaged weights; the averaged ones are kept when they are the best so far.
+    """Evaluates the raw and the averaged weights, and saves the averaged ones if they are the best so far.
 
-    The last evaluation is also reported in detail, before its checkpoint: a run that has the one has the other.
+    Details of the last evaluation are logged before its checkpoint, so that a run with one has the other.
     """
 
     def show(seen: int, total: int) -> None:
@@ -365,7 +365,7 @@ def _evaluate(
 def _restore(
     checkpoints: Path, tensors: Mapping[str, Tensor], extra: dict[str, Any]
 ) -> tuple[int, dict[str, Any], list[str]]:
-    """Step and state of the newest whole checkpoint, or of the beginning, and what is damaged.
+    """Step and state of the newest whole checkpoint, or of the beginning, and a line for each damaged one.
 
     The tensors are filled in place.
     """
@@ -380,16 +380,16 @@ def _restore(
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """Bool scalar, on the device of the tensors, which the host does not wait for."""
+    """Whether all elements are finite: a bool scalar on the device of the tensors, without a wait for it."""
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
-    # On a CPU the largest magnitude takes ten times as long as the norm, which may overflow where no element does.
+    # On a CPU the maximum takes ten times as long as the norm, which may overflow though all elements are finite.
     finite = torch.stack(torch._foreach_norm(tensors)).isfinite().all()
     return finite if finite else torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
 
 def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
-    """Diverged where finite gradients have led to weights that are not: nothing of these may reach a file."""
+    """Raises Diverged if weights are not finite, as finite gradients can cause: no file may contain them."""
     floats = {name: local(value) for name, value in tensors.items() if value.is_floating_point()}
     if not _all_finite(list(floats.values())):
         bad = next(name for name, value in floats.items() if not value.isfinite().all())
@@ -397,7 +397,7 @@ def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
 
 
 def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
-    """Repeats a step that was held back; names the first layer whose output, else gradient, is not finite."""
+    """Repeats a step that was held back, and names the first layer whose output or gradient is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -416,12 +416,12 @@ def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -
     grads = [(name, p.grad) for name, p in task.model.named_parameters() if p.grad is not None]
     bad = [f"the gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
     if not found and loss.isfinite() and bad:
-        return bad[-1]  # the first one, going backwards
+        return bad[-1]  # the first in the order of the backward pass
     return found[0] if found else "the loss"
 
 
 class _Wait:
-    """The seconds that the loop waits for its batches."""
+    """Measures how long the loop waits for batches."""
 
     seconds = 0.0
     reading = False
@@ -443,7 +443,7 @@ class _Wait:
 
 
 class Signals:
-    """Keeps the first SIGINT or SIGTERM for a loop to see between two steps; a second one has its usual effect."""
+    """Records the first SIGINT or SIGTERM, for a loop to check between steps; a second one has its usual effect."""
 
     received: int | None = None
 
@@ -464,6 +464,6 @@ class Signals:
 
 
 def eval_steps(total_steps: int, steps_per_epoch: float, every_epochs: float) -> frozenset[int]:
-    """After which steps to evaluate: every `every_epochs` epochs, and at the end."""
+    """Numbers of steps after which to evaluate: every `every_epochs` epochs, and at the end."""
     count = int(total_steps / (every_epochs * steps_per_epoch))
     return frozenset(max(1, round(i * every_epochs * steps_per_epoch)) for i in range(1, count + 1)) | {total_steps}

@@ -1,4 +1,4 @@
-"""A run from its first line to its last: starting, resuming, and what is said about it on the way."""
+"""Starting and resuming runs, and what they print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from normfree.files import replacing, working_in
 from normfree.native import library
 from normfree.optim import warmup_cosine
 
-DATA = "data.json"  # in a run's folder: which samples the run was begun with
+DATA = "data.json"  # in a run's folder: the samples that the run began with
 
 
 @dataclass
@@ -35,13 +35,13 @@ class Job:
     Attributes:
         name: of numbered run folders, such as "photos-nfnet_micro".
         source: what the user called the data.
-        data: what `data.json` holds; "images" is the inventory of the samples.
-        description: lines about data and network.
+        data: content of `data.json`; "images" is the inventory of the samples.
+        description: lines that describe data and network.
         notes: lines about the weights that the run starts from; a resumed run has its own.
         preview: gives the first three batches, read in this process, for an estimate of the time.
         workers: processes that read batches.
-        evaluation: batches that one evaluation reads, and what one of them takes of a training step's network time.
-        summary: lines about the details of the last evaluation.
+        evaluation: batches in one evaluation, and the cost of one relative to a training batch.
+        summary: lines to print for the details of the last evaluation.
         command: of the command line, for this task.
     """
 
@@ -101,9 +101,9 @@ def make_plan(run: Run, num_samples: int, unit: str = "images") -> Plan:
 
 
 def start(job: Job, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
-    """Trains in a new run folder; None takes the next free one of runs/NAME-1, -2 ... (`Outcome.folder`).
+    """Trains in a new run folder; None: the next free one of runs/NAME-1, -2 ... (`Outcome.folder`).
 
-    `chosen`: lines that say why options are what they are, where the user has not said so.
+    `chosen`: lines with the reasons for options that the user did not give.
 
     Raises:
         InputError: the folder is in use or cannot be made; the data turn out unusable. Nothing is left behind.
@@ -117,7 +117,7 @@ def start(job: Job, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
     try:
         return _carry_out(job, folder, chosen)
     except InputError:
-        if not (folder / "checkpoints").exists():  # nothing has come of it, and the name is wanted again
+        if not (folder / "checkpoints").exists():  # it is empty, and its name will be used again
             shutil.rmtree(folder)
         raise
 
@@ -126,7 +126,7 @@ def resume(job: Job, folder: Path) -> Outcome:
     """Continues the run in `folder` from its newest whole checkpoint.
 
     Raises:
-        InputError: the data are not those that the run was begun with.
+        InputError: the data have changed since the run began.
     """
     if (folder / DATA).exists():
         difference = changed(read_data(folder)["images"], job.data["images"])
@@ -147,7 +147,7 @@ def _save_data(job: Job, folder: Path) -> None:
 
 
 def read_data(folder: Path) -> dict[str, Any]:
-    """What the run in `folder` was begun with.
+    """The data that the run in `folder` began with.
 
     Raises:
         InputError: its `data.json` is missing or damaged.
@@ -160,7 +160,7 @@ def read_data(folder: Path) -> dict[str, Any]:
 
 
 def _carry_out(job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool = False) -> Outcome:
-    """The run, with what it is about to do before it and a summary after it, on standard error."""
+    """Trains; prints a description before and a summary after it, on standard error."""
     epochs = job.plan.total_steps / job.plan.steps_per_epoch
     steps = f"{job.plan.total_steps} steps of {job.plan.batch_size} {job.plan.unit}"
     lines = [*(f"chosen   {line}" for line in chosen), *job.description]
@@ -183,14 +183,14 @@ def _carry_out(job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool 
 
 
 def estimated_seconds(job: Job) -> float:
-    """How long the run will take, from its first batches, read and passed through the network; this changes nothing."""
+    """Estimated length of the run, from its first batches, read and passed through the network. Has no side effects."""
     library()  # compiled before anything is timed
     task, plan = job.task, job.plan
     first, batch = _seconds_to_read(job)
-    again, _ = _seconds_to_read(job)  # of samples that are kept in memory, without decoding them
+    again, _ = _seconds_to_read(job)  # samples in memory need no decoding
     part, share = task.split(batch, plan.micro_batch or plan.batch_size)[0]
     device = next(task.model.parameters()).device
-    task.model.eval()  # batch normalization and random numbers stay as they are
+    task.model.eval()  # leaves batch statistics and random numbers alone
     passes: list[float] = []
     while len(passes) < 4 or (sum(passes) < 2 and len(passes) < 20):
         began = time.monotonic()
@@ -203,7 +203,7 @@ def estimated_seconds(job: Job) -> float:
     workers = max(job.workers, 1)
 
     def spent(batches: float, new: float, network: float) -> float:
-        """Seconds for so many batches, of which the first `new` hold samples that have not been read before."""
+        """Seconds for `batches`, the first `new` of which contain samples that have not been read before."""
         reading = min(batches, new) * first + max(batches - new, 0) * again
         return max(batches * network, reading / workers) if job.workers else batches * network + reading
 
@@ -212,16 +212,16 @@ def estimated_seconds(job: Job) -> float:
     seconds = spent(plan.total_steps, plan.steps_per_epoch, network * passes_per_step(job.run.optim) + update)
     batches, cost = job.evaluation
     seconds += spent(2 * batches * len(plan.eval_steps), batches, network * cost)
-    return seconds + len(plan.eval_steps) * (0.2 + 12 * parameters / 2e8)  # checkpoints of three copies, by a disk
+    return seconds + len(plan.eval_steps) * (0.2 + 12 * parameters / 2e8)  # checkpoints: three copies of the weights
 
 
 def passes_per_step(optim: OptimConfig) -> float:
-    """Passes of a batch through the network for one step."""
+    """How often a batch passes through the network in one step."""
     return 1 + optim.sam_fraction * bool(optim.sam_rho)
 
 
 def _seconds_to_read(job: Job) -> tuple[float, Any]:
-    """For one of the first batches, the quickest, and one of them."""
+    """The shortest time for one of the first batches, and one of them."""
     batches = job.preview()
     began = time.monotonic()
     batch, seconds = next(batches), [time.monotonic() - began]

@@ -16,7 +16,7 @@ class Update:
     """What a run does with the gradients of a step, as its `OptimConfig` says.
 
     Args:
-        exempt: modules whose gradients AGC leaves alone, beside the classifier's weight.
+        roles: `classifier` and `exempt`, for `param_groups`.
 
     Attributes:
         optimizer: `SGD_AGC`, or AdamW with AGC attached to it.
@@ -37,12 +37,12 @@ class Update:
             if o.clip == "agc" and o.clipping is not None:
                 self.agc = AGC(self.optimizer, eps=o.clip_eps)
         self.ema = EMA(model, o.ema_decay)
-        self.norm: Tensor | None = None  # of all gradients of the last step, where they are clipped by it
+        self.norm: Tensor | None = None  # of all gradients in the last step, with `clip` "norm"
 
     def step(self, step: int, lr: float, hold: Tensor) -> None:
         """Update number `step`, counted from 0, at learning rate `lr`.
 
-        `hold`: bool scalar on the device. Where it is true, weights and optimizer stay as they are; only a CPU looks.
+        `hold`: bool scalar on the device. If it is true, weights and optimizer do not change. Only a CPU waits for it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -59,7 +59,7 @@ class Update:
         self.ema.update(step)
 
     def figures(self, group_of: Callable[[str], str]) -> dict[str, float]:
-        """What was clipped in the last step, for the log; waits for the device. `group_of`: rows by parameter names."""
+        """Statistics of the last clipping, for the log; waits for the device. `group_of`: parameter name -> row."""
         norm = {} if self.norm is None else {"grad_norm": self.norm.item()}
         stats = self.agc.stats if self.agc else getattr(self.optimizer, "stats", None)
         if stats is None:
@@ -78,7 +78,7 @@ class Update:
         return {row: clipped[row] / size for row, size in sorted(units.items())}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the next step depends on, by name. The optimizer's state is made if it is not there yet."""
+        """Every tensor that the next step depends on, by name. Creates the optimizer's state if there is none yet."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for group in self.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What `normfree train DATA` uses where nothing is said: chosen by what is said, by the images and by the machine.
+"""Chooses the options of `normfree train DATA` that the user does not give, for the images and the machine.
 
 The rules come from measurements on two CPU cores, which docs/recipes.md keeps with the choices that lost.
 """
@@ -13,16 +13,16 @@ from typing import Any
 from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig, options_of, spell, with_options
 from normfree.errors import InputError
 
-MINUTES = (30, 10)  # that runs on images in colour, and on grey ones, are to take on a CPU
+MINUTES = (30, 10)  # length of a run on a CPU, for images in colour and for grey ones
 LEAST_EPOCHS = 3
-UNEVEN = 10  # largest class over smallest from which on classes are balanced
+UNEVEN = 10  # classes are balanced if the largest has this many times the images of the smallest
 MOST_EVALUATIONS = 30
-OURS = ("nfnet_nano", "nfnet_micro")  # whose rates were measured here; all other networks follow the paper
-# what makes a step of the network slower or faster: with these, a run on a CPU is as long as its time allows
+OURS = ("nfnet_nano", "nfnet_micro")  # tuned here; all other networks follow the paper
+# options that change the time of a step: with these, a run on a CPU is fitted into its time
 COSTLY = frozenset(
     ("model", "init", "width", "depth", "group_width", "second_conv", "train_px", "eval_px", "sam_rho", "precision")
 )
-_VOID = {  # option -> the one without which it does nothing
+_VOID = {  # option -> the option without which it has no effect
     "randaugment_magnitude": "randaugment_layers",
     "randaugment_style": "randaugment_layers",
     "sam_fraction": "sam_rho",
@@ -31,12 +31,12 @@ _VOID = {  # option -> the one without which it does nothing
 _SYMBOLS = frozenset("0123456789abcdefghijklmnopqrstuvwxyz") | {"left", "right"}
 
 Given = Mapping[str, Any]
-"""Options that the user gave, by name; what `config.options_of` has is the rest."""
+"""Options that the user gave, by name (`config.options_of`)."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What the choice depends on of a data set. `short_px`: median short side; `grey`: none of them has colours.
+    """What the choice needs to know of a data set. `short_px`: median short side; `grey`: no image has colours.
 
     `unevenness`: images of the largest class over those of the smallest.
     """
@@ -54,14 +54,14 @@ class Images:
 
     @property
     def are_symbols(self) -> bool:
-        """Whether a mirrored image may be of another class, or of none: digits, letters, left and right."""
+        """Whether mirroring may change the class: digits, letters, left and right."""
         first = [name.lower().split(" ")[0] for name in self.class_names]  # torchvision has "3 - three"
         return all(name in _SYMBOLS for name in first) or {"left", "right"} <= set(first)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Device ("cpu", "cuda" or "mps"), the GiB of memory that it has, and what measures a run on it.
+    """Device ("cpu", "cuda" or "mps"), its memory in GiB, and functions that measure a run on it.
 
     `images_per_s(run, enough)`: of how many images the gradients are computed in a second, exact where that is
     about `enough`; `image_mib(run)`: what one image in training takes of the memory. They are called where the choice
@@ -76,7 +76,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Asked:
-    """The network that --model or --init names, and its own pixels; `in_channels` of its weights, None without."""
+    """The network that --model or --init names, with its resolutions; `in_channels` of its weights, None without."""
 
     name: str
     train_px: int
@@ -86,7 +86,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why the options of these names, none of which the user gave, are what they are."""
+    """Why these options, none of which the user gave, have their values."""
 
     options: tuple[str, ...]
     text: str
@@ -95,7 +95,7 @@ class Reason:
 def choose(
     given: Given, images: Images, machine: Machine, asked: Asked | None = None, base: ClassificationRun | None = None
 ) -> tuple[ClassificationRun, tuple[Reason, ...]]:
-    """The run: what is given, and for all else what goes with it, with the images and the machine; and why.
+    """The given options, and all others as they suit these, the images and the machine; with the reasons.
 
     Args:
         given: options of the run by name, its path among them.
@@ -120,7 +120,7 @@ def choose(
     for name, needed in _VOID.items():
         if name in given and not options[needed]:
             raise InputError(f"{spell(name, given[name])} does nothing without --{needed.replace('_', '-')}")
-    choice.memory()  # from here on the run may be measured
+    choice.memory()  # may measure the run, as may the next
     choice.length()
     choice.data()
     choice.evaluations()
@@ -128,7 +128,7 @@ def choose(
 
 
 def _rule(images: Images, machine: Machine, asked: Asked | None) -> ClassificationRun:
-    """What suits images and machine, where nothing else is given."""
+    """The run for images and machine, without given options."""
     count, channels = images.num_train, 1 if images.grey else 3
     size = min(64 if count >= 20_000 else 32, max(2, count // 8))  # at least some hundred steps an epoch
     optim = OptimConfig(batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
@@ -158,7 +158,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> Classificati
 
 
 def _clipping(name: str, size: int) -> float | None:
-    """λ of a network at a batch size. Of the paper's it halves as the batch doubles, as in recipes/imagenet.py."""
+    """λ of a network at a batch size. The paper's halves as the batch doubles, as in recipes/imagenet.py."""
     if name in OURS:
         return 0.1 if size >= 64 else 0.04
     return None if name.startswith(("bn_", "nf_regnet")) else max(0.01, 0.08 * min(1, 256 / size))
@@ -171,10 +171,10 @@ def _scaled(px: int, to: int, of: int) -> int:
 
 @dataclass
 class _Choice:
-    """The run on its way from `rule` to what goes with what is given, one method for each kind of option."""
+    """A run in the making, from `rule` and the given options; one method for each kind of option."""
 
     given: Given
-    unusual: set[str]  # those of `given` that differ from what would be chosen without them
+    unusual: set[str]  # given options that differ from the default choice
     images: Images
     machine: Machine
     asked: Asked | None
@@ -184,9 +184,9 @@ class _Choice:
     reasons: list[Reason] = field(default_factory=list)
 
     def take(self, because: tuple[str, ...] = (), **options: tuple[Any, str | None]) -> None:
-        """Sets the options that are not given to their values; their texts, but for None, are joined to one reason.
+        """Sets options that are not given; joins their texts, unless None, to one reason.
 
-        `because`: the options on which it depends; it names those that are given.
+        `because`: options that they depend on; the reason names the given ones.
         """
         options = {name: option for name, option in options.items() if name not in self.given}
         self.run = with_options(self.run, {name: value for name, (value, _) in options.items()})
@@ -197,20 +197,20 @@ class _Choice:
             self.reasons.append(Reason(tuple(texts), head + ", ".join(filter(None, texts.values()))))
 
     def network(self) -> None:
-        """Network and pixels. One side given, the other keeps its ratio to it, but does not grow beyond the images'."""
+        """Network and resolutions. If one is given, the other keeps its ratio, up to the images' size."""
         given, images, asked, base = self.given, self.images, self.asked, self.base
         causes = ("model", "init", "train_px", "eval_px")
         train_px, eval_px = self.rule.data.train_px, self.rule.data.eval_px
-        if asked is not None and asked.in_channels is not None:  # weights, for what they were trained at
+        if asked is not None and asked.in_channels is not None:  # the resolutions of the weights
             train_px, eval_px = asked.train_px, asked.eval_px
             if asked.in_channels != self.rule.model.in_channels:
                 text = f"{asked.in_channels} channels: what the weights take"
                 self.take(("init",), in_channels=(asked.in_channels, text))
-        elif asked is not None and asked.name != self.rule.model.model:  # or the images' where these are smaller
+        elif asked is not None and asked.name != self.rule.model.model:  # or those of smaller images
             eval_px = min(asked.eval_px, max(images.short_px // 16 * 16, asked.eval_px // 2))
             whole = eval_px == asked.eval_px
             train_px = asked.train_px if whole else _scaled(eval_px, asked.train_px, asked.eval_px)
-        if train_px is None or eval_px is None:  # of a recipe, which leaves them to its network
+        if train_px is None or eval_px is None:  # a recipe that leaves them to its network
             return
         limit = ""
         if px := given.get("train_px"):
@@ -229,7 +229,7 @@ class _Choice:
         self.take(causes, model=model, train_px=(train_px, texts[1]), eval_px=(eval_px, texts[2]))
 
     def batch(self) -> None:
-        """Rate and λ go with the size of the batch: by the rules for our networks, by the paper for all others."""
+        """Learning rate and λ for the batch size: our rules for our networks, the paper's for all others."""
         o, name, size = self.rule.optim, self.run.model.model, self.run.optim.batch_size
         lr, clipping, weight_decay = o.lr, o.clipping, o.weight_decay
         new = self.base is None
@@ -258,7 +258,7 @@ class _Choice:
         )
 
     def memory(self) -> None:
-        """Parts of the batch that fit into the memory, 60 % of which is for weights and what is needed for a moment."""
+        """Micro-batches that fit into memory, 60 % of which is left for weights and temporary tensors."""
         measure, gib, size = self.machine.image_mib, self.machine.memory_gib, self.run.optim.batch_size
         if measure is None or "micro_batch" in self.given or not self.unusual & (COSTLY | {"batch_size"}):
             return
@@ -269,19 +269,19 @@ class _Choice:
         self.take(("model", "init", "batch_size"), micro_batch=(part, text) if fits < size else (None, None))
 
     def length(self) -> None:
-        """Epochs that a CPU has time for, and a warm-up that fits into what is given."""
+        """Epochs that fit into the time on a CPU, and a warm-up that fits into the epochs."""
         given, images, o = self.given, self.images, self.rule.optim
         if "epochs" in given:
             self.take(steps=(None, None))  # of a recipe
         elif given.get("steps") is None:
-            epochs, said = o.epochs, self.base is None
+            epochs, explain = o.epochs, self.base is None
             text = f"{epochs:g} epochs: {round(epochs * images.num_train / 1000)} thousand images seen"
             if self.rule.model.model not in OURS:
                 text = f"{epochs:g} epochs, a quarter of the paper's 360"
-            matters = "steps" not in given and (self.unusual & COSTLY or (said and images.are_small))
+            matters = "steps" not in given and (self.unusual & COSTLY or (explain and images.are_small))
             if matters and self.machine.images_per_s:
-                minutes, said = MINUTES[images.grey], True
-                seconds = 0.72 * 60 * minutes  # 28 % are for reading, evaluation and other programs
+                minutes, explain = MINUTES[images.grey], True
+                seconds = 0.72 * 60 * minutes  # 28 % is reserved for reading, evaluation and other programs
                 speed = self.machine.images_per_s(self.run, epochs * images.num_train / seconds)
                 shown = f"at {speed:.0f} images/s" if speed >= 10 else f"at {speed:.2g} images/s"
                 allowed = int(seconds * speed / images.num_train)
@@ -294,28 +294,28 @@ class _Choice:
                     text = f"{epochs} epochs, the fewest, take about {takes} {shown}: {less}"
                 elif allowed < o.epochs:
                     text = f"{epochs} epochs: what {minutes} minutes allow {shown}; more, with --epochs, is better"
-            self.take(epochs=(epochs, text if said else None))
+            self.take(epochs=(epochs, text if explain else None))
         if "warmup_epochs" in given:
             self.take(warmup_steps=(None, None))  # of a recipe
-        elif given.get("warmup_steps") is None:  # shrinks in proportion to the run, but up to a tenth of it is kept
+        elif given.get("warmup_steps") is None:  # shrinks with the run, to no less than a tenth of it
             unit = "epochs" if o.warmup_steps is None else "steps"
             name, before, now = f"warmup_{unit}", self.length_in(unit, o), self.length_in(unit, self.run.optim)
             usual = getattr(o, name)
             warmup = min(usual, max(now / 10, usual * now / before))
             warmup = warmup if warmup < now else now / 10
             warmup = round(warmup) if unit == "steps" else warmup
-            said = warmup != usual and given.keys() & {"epochs", "steps"}
-            text = f"warm-up of {warmup:.3g} {unit}" if said else None
+            explain = warmup != usual and given.keys() & {"epochs", "steps"}
+            text = f"warm-up of {warmup:.3g} {unit}" if explain else None
             self.take(("epochs", "steps"), **{name: (warmup, text)})
 
     def length_in(self, unit: str, optim: OptimConfig) -> float:
-        """Epochs or steps of a run."""
+        """Length of a run in epochs or steps."""
         count = self.images.num_train
         epochs = optim.epochs if optim.steps is None else optim.steps * optim.batch_size / count
         return epochs if unit == "epochs" else count * epochs / optim.batch_size
 
     def data(self) -> None:
-        """Crops that go with their style, and what the classes ask for."""
+        """Crops that suit their style; flips and balance that suit the classes."""
         given, images, style = self.given, self.images, self.run.data.crop_style
         if self.rule.data.crop_style == "shift" and style != "shift":
             text = "crops of 60 % of the area and more: small images"
@@ -323,7 +323,7 @@ class _Choice:
         elif self.rule.data.crop_style == "shift" and "min_area" in given and "crop_style" not in given:
             self.take(("min_area",), crop_style=("pil", "crops in place of shifts"))
         elif style == "shift":
-            self.take(min_area=(DataConfig.min_area, None))  # which shifts do not use
+            self.take(min_area=(DataConfig.min_area, None))  # unused by shifts
         if self.base is None and images.are_symbols:
             text = "nothing mirrored: the classes are called like digits, letters or sides"
             self.take(flip=(False, text))
@@ -332,7 +332,7 @@ class _Choice:
             self.take(balance=(1.0, text))
 
     def evaluations(self) -> None:
-        """Whole epochs between evaluations, so that these and their checkpoints take less than a tenth of the time.
+        """Whole epochs between evaluations: these and their checkpoints take less than a tenth of the time.
 
         An evaluation passes all validation images forward twice, a third of the work of training on them, for each
         pixel; its checkpoint takes as long as about 100 images.

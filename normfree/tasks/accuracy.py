@@ -71,18 +71,18 @@ class Accuracy:
 
     @property
     def balanced_percent(self) -> float:
-        """Mean over the classes that have images of the share that is right."""
+        """Mean recall of the classes that have images."""
         images = self.confusion.sum(1)
         shares = self.confusion.diagonal()[images > 0] / images[images > 0]
         return 100 * shares.mean().item() if len(shares) else 0.0
 
     def scores(self, names: Sequence[str]) -> list[ClassScore]:
-        """Of every class, those without images too."""
+        """One for every class, even without images."""
         counts = torch.stack([self.confusion.sum(1), self.confusion.diagonal(), self.confusion.sum(0)], 1).tolist()
         return [ClassScore(name, *row) for name, row in zip(names, counts, strict=True)]
 
     def mistakes(self, names: Sequence[str], most: int = 5) -> list[str]:
-        """Lines with the most frequent confusions of two classes, such as "dog taken for cat 12 times (8 % of dog)"."""
+        """The most frequent confusions of two classes, such as "dog taken for cat 12 times (8 % of dog)"."""
         wrong = self.confusion - torch.diag(self.confusion.diagonal())
         counts, places = wrong.flatten().sort(descending=True, stable=True)
         lines = []
@@ -96,7 +96,7 @@ class Accuracy:
         return lines
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
-        """Everything, as JSON: percents 0 to 100, scores of classes 0 to 1, None where nothing can be divided."""
+        """Everything, as JSON: percents 0 to 100, scores of classes 0 to 1, None for 0 / 0."""
         return {
             "images": self.num_images,
             "top1": self.top1_percent,
@@ -136,9 +136,9 @@ class ClassScore:
 
 
 def score_table(scores: Iterable[ClassScore], most: int | None = None) -> list[str]:
-    """Lines with recall, precision and F1 in percent of the classes that occur.
+    """A table of recall, precision and F1 in percent, for the classes that occur.
 
-    Of more than `most` classes, those of the lowest and of the highest recall, half of `most` each.
+    With more than `most` classes: the worst and the best by recall, half of `most` each.
     """
     rows = [score for score in scores if score.images or score.predicted]
     cut = most // 2 if most is not None and len(rows) > most else 0
@@ -156,7 +156,7 @@ def score_table(scores: Iterable[ClassScore], most: int | None = None) -> list[s
 
 
 def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
-    """All of an evaluation's report as JSON, or, where `suffix` is .csv, a row for each class.
+    """Writes an evaluation's report as JSON, or for the suffix .csv a row for each class.
 
     The columns of the CSV file are the scores, then the counts of what images of the class were taken for.
     """
@@ -167,7 +167,7 @@ def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
         for row, counts in zip(report["per_class"], confusion["rows_true_columns_predicted"], strict=True):
             writer.writerow([*row.values(), *counts])
         text = file.getvalue()
-    else:  # a line for each key
+    else:  # one line for each key
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
     path.write_bytes(utf8(text))
@@ -225,7 +225,7 @@ def evaluate(
 
 
 def pick_workers(workers: int | None, images: LabelledImages) -> int:
-    """Reading processes: none for images that are in memory, else a core is left for the network."""
+    """Number of reading processes: 0 for images in memory; otherwise one core is left to the network."""
     if workers is not None:
         return workers
     return 0 if images.in_memory else min(8, max(1, (os.cpu_count() or 2) - 1))

@@ -1,4 +1,4 @@
-"""What a classification run is where the user has not said: asks `recipes`, and measures what they need to know."""
+"""The options of a classification run that the user did not give: `recipes` chooses, from what is measured here."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
 
 
 def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tuple[Reason, ...]]:
-    """The run for the options that are `given`, by name, the rest chosen or by the recipe called `name`; and why."""
+    """The run for the `given` options, with all others chosen or from recipe `name`, and the reasons."""
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
     loose: dict[str, Any] = {"clipping": None} if given.get("clip") == "none" else {}
     loose |= {"epochs": math.inf, "warmup_epochs": 0.0, "lr": max(0.1, given.get("final_lr", 0.0)), "mixup": 0.2}
-    said = with_options(ClassificationRun(), loose | dict(given))  # what is not chosen yet contradicts nothing
-    said.check()
-    path, device = said.data.path, pick_device(said.machine.device)
-    base, asked = _starting_point(name, path, said.model, given)
-    images, validation = open_dataset(path, validation_fraction=said.data.validation_fraction, seed=said.seed)
+    draft = with_options(ClassificationRun(), loose | dict(given))  # placeholders that contradict no given option
+    draft.check()
+    path, device = draft.data.path, pick_device(draft.machine.device)
+    base, asked = _starting_point(name, path, draft.model, given)
+    images, validation = open_dataset(path, validation_fraction=draft.data.validation_fraction, seed=draft.seed)
     if "validation_fraction" in given and has_validation(path):
         raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
     counts = Counter(images.targets).values()
@@ -57,13 +57,13 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
 def _starting_point(
     name: str | None, path: str, model: ModelConfig, given: Given
 ) -> tuple[ClassificationRun | None, Asked | None]:
-    """The recipe called `name`, or that a packaged set has; and the network of --model or --init, if no recipe's."""
+    """The recipe called `name`, or that of a packaged data set; and the network that --model or --init names."""
     if name is not None:
         run = RECIPES[name](path)
         if given.get("model", run.model.model) != run.model.model:
             what = f"--recipe {name} is for {run.model.model}, not {given['model']}"
             raise InputError(f"{what}: take the recipe of that name, or leave out --recipe")
-        if given.keys() & {"train_px", "eval_px"}:  # one side follows the other, so they must be known
+        if given.keys() & {"train_px", "eval_px"}:  # one follows from the other
             own = find_variant(run.model.model)
             px = {"train_px": run.data.train_px or own.train_px, "eval_px": run.data.eval_px or own.eval_px}
             run = with_options(run, px)
@@ -79,7 +79,7 @@ def _starting_point(
 
 
 def network(m: ModelConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
-    """The network, its layers frozen as `m` says, on the CPU, and what is to be said of its weights."""
+    """The network on the CPU, frozen as `m` says, and notes on its weights."""
     notes = ()
     if m.init is None:
         model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
@@ -92,7 +92,7 @@ def network(m: ModelConfig, class_names: Sequence[str]) -> tuple[Network, tuple[
 
 
 def image_mib(model: Network, run: ClassificationRun) -> float:
-    """MiB that one more image keeps for the backward pass."""
+    """MiB of activations that one more image keeps for the backward pass."""
     images = _noise(model, run, 3)
 
     def kept(count: int) -> int:
@@ -107,7 +107,7 @@ def image_mib(model: Network, run: ClassificationRun) -> float:
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             autocast(images.device, run.precision),
         ):
-            outputs = model(images[:count])  # which keep the tensors, so that no address comes twice
+            outputs = model(images[:count])  # keeps the tensors alive, so that addresses are unique
         del outputs
         return sum(sizes.values())
 
@@ -115,7 +115,7 @@ def image_mib(model: Network, run: ClassificationRun) -> float:
 
 
 def images_per_second(model: Network, run: ClassificationRun, enough: float) -> float:
-    """Of how many images the gradients are computed in a second on a CPU; measured in twenty seconds.
+    """Training throughput of the network on a CPU, measured for twenty seconds.
 
     In two, if these say more than twice `enough`. The mean, so that what other programs take counts.
     """
@@ -131,7 +131,7 @@ def images_per_second(model: Network, run: ClassificationRun, enough: float) -> 
         return count / (time.monotonic() - began) / passes_per_step(run.optim)
 
     library()  # compiled before anything is timed
-    measured(1)  # memory is found
+    measured(1)  # allocates memory
     speed = measured(1)
     if speed > 2 * enough:
         return speed
@@ -140,7 +140,7 @@ def images_per_second(model: Network, run: ClassificationRun, enough: float) -> 
 
 
 def _noise(model: Network, run: ClassificationRun, count: int) -> Tensor:
-    """(count, C, H, W), of the training images' size, on the model's device; torch's generator stays as it is."""
+    """(count, C, H, W) at the training resolution, on the model's device. Does not use torch's global generator."""
     px = run.data.train_px or find_variant(run.model.model).train_px
     images = torch.randn(count, run.model.in_channels, px, px, generator=torch.Generator().manual_seed(0))
     return images.to(next(model.parameters()).device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Image classification: what a `ClassificationRun` means, and the verbs `train` and `eval`."""
+"""Image classification: builds what a `ClassificationRun` describes."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Classification:
     validation_set: LabelledImages
     run: ClassificationRun
     device: torch.device
-    log_priors: Tensor | None = None  # (K,), times the option `balance`
+    log_priors: Tensor | None = None  # (K,), multiplied by the option `balance`
     _reported: set[str] = field(default_factory=set)  # images that cannot be read
-    _unreadable: int = 0  # of them, those of the training set
+    _unreadable: int = 0  # number of them in the training set
 
     @property
     def metric(self) -> str:
@@ -92,7 +92,7 @@ class Classification:
             yield batch._replace(unreadable=tuple(new))
 
     def read(self, steps: range, workers: int, shard: Shard = Shard()) -> Iterator[Batch]:  # noqa: B008, a constant
-        """The batches as they are read, by so many processes."""
+        """Batches from `workers` reading processes, without bookkeeping."""
         if shard.size > 1:
             raise InputError("training is one process today")
         data, transform = self.run.data, train_transform(self.run.data, self.info)
@@ -113,7 +113,7 @@ class Classification:
         )
 
     def split(self, batch: Batch, size: int) -> list[tuple[Batch, float]]:
-        """Micro-batches of `size` images, and the share of the batch that each of them is."""
+        """Micro-batches of `size` images, each with its share of the batch."""
         total = len(batch.targets)
         fields = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
         starts = range(0, total, size)
@@ -131,7 +131,7 @@ class Classification:
         return {"loss": smoothed_cross_entropy(logits, batch, self.run.optim.label_smoothing)}
 
     def evaluate(self, forward: Callable[..., Any], shard: Shard, show: Callable[[int, int], None]) -> Evaluation:
-        """Figures in percent, and as details the counts of every class."""
+        """Figures in percent; details: counts for every class."""
         info, run = self.info, self.run
         workers = pick_workers(run.machine.workers, self.validation_set)
         accuracy = evaluate_images(
@@ -155,16 +155,16 @@ class Classification:
         return new
 
     def group_of(self, name: str) -> str:
-        """The row of a parameter in the log of AGC: "stem", "stages.0", ..., "head"."""
+        """Row of the AGC log: "stem", "stages.0", ..., "head"."""
         parts = name.split(".")
         return ".".join(parts[: 2 if parts[0] == "stages" else 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Which images were reported, so that a resumed run does not report and count them again."""
+        """The images that were reported, so that a resumed run does not report or count them again."""
         return {"said": sorted(self._reported), "unreadable": self._unreadable}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores `state_dict`."""
         self._reported, self._unreadable = set(state["said"]), state["unreadable"]
 
     def save(self, path: Path) -> None:
@@ -251,7 +251,7 @@ def build(run: ClassificationRun) -> Job:
 
 
 def _describe(task: Classification) -> list[str]:
-    """What is about to be trained, and on what."""
+    """Lines that describe data and network."""
     info, run = task.info, task.run
     millions = sum(p.numel() for p in task.model.parameters()) / 1e6
     images = f"{len(task.train_set)} training and {len(task.validation_set)} validation images"
@@ -264,13 +264,13 @@ def _describe(task: Classification) -> list[str]:
 
 
 def _class_table(details: dict[str, Any]) -> list[str]:
-    """The scores of the classes in the last evaluation."""
+    """Table of the classes in the last evaluation."""
     scores = [ClassScore(name, **counts) for name, counts in details.get("classes", {}).items()]
     return score_table(scores, most=10) if scores else []
 
 
 def _check_readable(validation_set: LabelledImages, channels: int) -> None:
-    """InputError unless there is an image to validate on: a run without would end with an accuracy of 0 %."""
+    """Raises InputError if no image can be validated on: the run would end with an accuracy of 0 %."""
     reasons = []
     for index in range(len(validation_set)):
         try:
@@ -284,7 +284,7 @@ def _check_readable(validation_set: LabelledImages, channels: int) -> None:
 
 
 def _log_priors(images: LabelledImages, balance: float, device: torch.device) -> Tensor | None:
-    """balance * log(share of each class), (K,); None without balance."""
+    """balance * log(class frequency), (K,); None without balance."""
     if not balance:
         return None
     counts = torch.bincount(torch.tensor(images.targets), minlength=len(images.class_names))
@@ -292,7 +292,7 @@ def _log_priors(images: LabelledImages, balance: float, device: torch.device) ->
 
 
 def start(run: ClassificationRun, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
-    """Trains in a new run folder, as `engine.run.start`. Everything that can be wrong is found before it is made."""
+    """Trains in a new run folder, as `engine.run.start`. Input is checked before the folder is created."""
     if folder is not None:
         check_free(folder)
     return engine.start(build(run), folder, chosen)
@@ -308,7 +308,7 @@ def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
 
 
 def _how_else(folder: Path, saved: ClassificationRun, run: ClassificationRun) -> str:
-    """Why `run` is no way to go on with the run in `folder`, and what is."""
+    """Why `run` cannot continue the run in `folder`, and the command that can."""
     before, machine = options_of(saved), options_of(saved.machine)
     other = {name: v for name, v in options_of(run).items() if v != before[name] and name not in machine}
     options = " ".join(spell(name, value) for name, value in other.items() if name != "path")
@@ -316,14 +316,14 @@ def _how_else(folder: Path, saved: ClassificationRun, run: ClassificationRun) ->
     finish = "" if weights == "last" else f"normfree train --resume {quoted(folder)}, then "
     init = spell("init", str(folder / f"{weights or 'last'}.safetensors"))
     return (
-        f"--resume goes on with {folder} as it was configured; only the machine options may change. To train with "
+        f"--resume continues {folder} as it was configured; only the machine options may change. To train with "
         f"other ones from its weights on: {finish}"
         f"normfree train {quoted(run.data.path)} {init} {options}".rstrip()
     )
 
 
 def evaluation_command(run: ClassificationRun, weights: Path) -> str:
-    """The command that evaluates on the images that `run` did not train on."""
+    """The command that evaluates on the validation images of `run`."""
     data = run.data
     held_out = engine.read_data(weights.parent)["held_out"]
     own = f" --held-out {data.validation_fraction:g} --seed {run.seed}" if held_out else ""
