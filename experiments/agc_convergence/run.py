@@ -1,10 +1,10 @@
 """Trains a small NFNet with and without adaptive gradient clipping over a range of learning rates, and draws it.
 
-    python experiments/agc_convergence/run.py --one adamw+agc --lr 0.016 --out adamw+agc.json    # one run
-    python experiments/agc_convergence/run.py --list | sh    # all of them, each in a process of its own
-    python experiments/agc_convergence/run.py --plot         # the figure in docs/images, the table in README.md
+    python experiments/agc_convergence/run.py --one adamw+agc --lr 0.016    # one run
+    python experiments/agc_convergence/run.py --all                         # all of them, but for those that are there
+    python experiments/agc_convergence/run.py --plot    # the figure in docs/images, the table in README.md
 
-The loop is plain PyTorch; of normfree it takes the network, the optimizers and the schedule.
+Every run is what `normfree train` does; optimizer and clipping are its options.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,19 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
 
-import normfree
-from normfree.optim import AGC, SGD_AGC, param_groups, warmup_cosine
+from normfree.config import ClassificationRun, DataConfig, MachineConfig, ModelConfig, OptimConfig
+from normfree.engine.device import processor
+from normfree.engine.loop import Diverged
+from normfree.tasks.classification import start
 
 HERE = Path(__file__).parent
 IMAGE = HERE.parents[1] / "docs" / "images" / "agc-convergence.png"
 RATES = {  # peak learning rates of the sweep, seed 0
     "sgd": (0.025, 0.05, 0.1, 0.2, 0.4),
     "sgd+agc": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
-    "SGD_AGC": (0.1, 0.4, 1.6),
     "adamw": (0.001, 0.004, 0.008, 0.016, 0.032),
     "adamw+agc": (0.001, 0.004, 0.008, 0.016, 0.032),
 }
@@ -45,99 +44,66 @@ LAMBDA = 0.01  # the paper's, and the default
 # --- one run ---
 
 
-def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
-    """The first images of every class, equally many: (N, 3, 32, 32) uint8, labels (N,)."""
-    images = ImageFolder(str(folder))
-    labels = torch.tensor(images.targets)
-    chosen = [(labels == c).nonzero()[: count // len(images.classes), 0] for c in range(len(images.classes))]
-    index = torch.cat(chosen)
-    pixels = np.stack([np.asarray(images[i][0]) for i in index.tolist()])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), labels[index]
-
-
-def normalize(images: Tensor) -> Tensor:
-    return ((images.float() - 120) / 64).contiguous(memory_format=torch.channels_last)
-
-
-def augment(images: Tensor, random: torch.Generator) -> Tensor:
-    """Every image shifted by up to 4 px, with a black border, and half of them mirrored."""
-    count, _, height, width = images.shape
-    top, left = torch.randint(9, (2, count, 1), generator=random)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    columns = torch.where(torch.rand(count, 1, generator=random) < 0.5, columns.flip(1), columns)
-    pixels = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
-def make_optimizer(name: str, model: nn.Module, lr: float) -> tuple[torch.optim.Optimizer, AGC | SGD_AGC | None]:
-    """The optimizer, and what knows how much of the gradient was clipped."""
-    groups = param_groups(model, WEIGHT_DECAY[family(name)], LAMBDA)  # which leaves the classifier's weight unclipped
-    if name == "SGD_AGC":
-        clipping_sgd = SGD_AGC(groups, lr=lr)
-        return clipping_sgd, clipping_sgd
-    if family(name) == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=lr)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    return optimizer, AGC(optimizer) if name.endswith("+agc") else None
+def subset(data: Path, folder: Path) -> None:
+    """Links in `folder` to the first images of every class, equally many."""
+    for part, name, count in (("train", "train", TRAIN_IMAGES), ("test", "validation", TEST_IMAGES)):
+        classes = sorted(path for path in (data / part).iterdir() if path.is_dir())
+        for images in classes:
+            place = folder / name / images.name
+            place.mkdir(parents=True)
+            for image in sorted(images.iterdir())[: count // len(classes)]:
+                (place / image.name).symlink_to(image.resolve())
 
 
 def family(name: str) -> str:
     return "adamw" if name.startswith("adamw") else "sgd"
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent."""
-    model.eval()
-    answers = torch.cat([model(normalize(part)).argmax(1) for part in images.split(250)])
-    model.train()
-    return 100 * (answers == labels).float().mean().item()
+def configure(name: str, lr: float, data: str, seed: int) -> ClassificationRun:
+    clips = name.endswith("+agc")
+    optim = OptimConfig(
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        lr=lr,
+        warmup_epochs=WARMUP_EPOCHS,
+        optimizer=family(name),
+        weight_decay=WEIGHT_DECAY[family(name)],
+        clip="agc" if clips else "none",
+        clipping=LAMBDA if clips else None,
+        label_smoothing=0.0,
+        ema_decay=0.0,  # the average is the weights
+    )
+    pixels = DataConfig(data, train_px=32, eval_px=32, crop_style="shift")
+    machine = MachineConfig(device="cpu", workers=0, log_every=1)
+    return ClassificationRun(ModelConfig(width=(32, 64, 128, 128)), pixels, optim, machine, seed)
 
 
 def train(name: str, lr: float, data: Path, seed: int) -> dict[str, Any]:
-    """What happened, step by step; stops at a loss that is not finite."""
-    torch.manual_seed(seed)
-    random = torch.Generator().manual_seed(seed)
-    images, labels = load(data / "train", TRAIN_IMAGES)
-    test_images, test_labels = load(data / "test", TEST_IMAGES)
-
-    model = normfree.create_model("nfnet_nano", num_classes=10, width=(32, 64, 128, 128))
-    model = model.to(memory_format=torch.channels_last)
-    optimizer, agc = make_optimizer(name, model, lr)
-    steps = len(images) // BATCH
-
-    result: dict[str, Any] = {"loss": [], "clipped_fraction": [], "top1": [], "diverged_at_step": None}
-    for epoch in range(EPOCHS):
-        order = torch.randperm(len(images), generator=random)
-        for step in range(epoch * steps, (epoch + 1) * steps):
-            batch = order[step % steps * BATCH :][:BATCH]
-            rate = warmup_cosine(step, peak_lr=lr, total_steps=EPOCHS * steps, warmup_steps=WARMUP_EPOCHS * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = F.cross_entropy(model(normalize(augment(images[batch], random))), labels[batch])
-            if not loss.isfinite():
-                return result | {"diverged_at_step": step}
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            result["loss"].append(float(f"{loss.item():.5g}"))
-            if agc is not None:
-                result["clipped_fraction"].append(round(agc.stats.clipped_fraction, 4))
-        result["top1"].append(round(accuracy(model, test_images, test_labels), 2))
-        print(f"{name}, rate {lr:g}, epoch {epoch + 1}: loss {loss:.3f}, top-1 {result['top1'][-1]:.1f} %", flush=True)
-    return result
+    """What happened, step by step; a run ends at a loss or gradient that is not finite."""
+    result: dict[str, Any] = {"diverged_at_step": None}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        subset(data, Path(folder, "images"))
+        try:
+            start(configure(name, lr, f"{folder}/images", seed), Path(folder, "run"))
+        except Diverged as error:
+            result["diverged_at_step"] = error.step
+        lines = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    result["loss"] = [float(f"{line['loss']:.5g}") for line in steps]
+    result["clipped_fraction"] = [round(line["clipped_fraction"], 4) for line in steps] if "+" in name else []
+    result["top1"] = [round(line["top1"], 2) for line in lines if line["kind"] == "eval"]
+    return describe(name, lr, seed, time.perf_counter() - began) | result
 
 
 def describe(name: str, lr: float, seed: int, seconds: float) -> dict[str, Any]:
     """The head of a result: what was set, and where it ran."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "optimizer": name,
         "lr": lr,
         "seed": seed,
         "environment": {package: version(package) for package in ("normfree", "torch")}
-        | {"cpu": cpu[1] if cpu else "unknown", "threads": torch.get_num_threads(), "seconds": round(seconds, 1)},
+        | {"cpu": processor(), "threads": torch.get_num_threads(), "seconds": round(seconds, 1)},
     }
 
 
@@ -169,13 +135,12 @@ def plot(results: list[dict[str, Any]]) -> None:
 
 
 STYLES = {  # colours of Okabe and Ito
-    "sgd": dict(color="#D55E00", marker="s", ls="--", label="torch SGD"),
-    "sgd+agc": dict(color="#0072B2", marker="o", ls="-", label="AGC(SGD)"),
-    "SGD_AGC": dict(color="#000000", marker="+", ls=":", label="SGD_AGC"),
-    "adamw": dict(color="#D55E00", marker="s", ls="--", label="torch AdamW"),
-    "adamw+agc": dict(color="#0072B2", marker="o", ls="-", label="AGC(AdamW)"),
+    "sgd": dict(color="#D55E00", marker="s", ls="--", label="SGD"),
+    "sgd+agc": dict(color="#0072B2", marker="o", ls="-", label="SGD, AGC"),
+    "adamw": dict(color="#D55E00", marker="s", ls="--", label="AdamW"),
+    "adamw+agc": dict(color="#0072B2", marker="o", ls="-", label="AdamW, AGC"),
 }
-SHOWN = {"sgd": 0.4, "sgd+agc": 0.4, "SGD_AGC": 0.4, "adamw": 0.016, "adamw+agc": 0.016}  # rates of the loss curves
+SHOWN = {"sgd": 0.4, "sgd+agc": 0.4, "adamw": 0.016, "adamw+agc": 0.016}  # rates of the loss curves
 TOP_LOSS = 2.9
 
 
@@ -209,7 +174,7 @@ def draw_accuracies(ax: Any, results: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(r["optimizer"] for r in results):
         runs = [r for r in results if r["optimizer"] == name and r["seed"] == 0]
         others = [r for r in results if r["optimizer"] == name and r["seed"]]
-        style = STYLES[name] | ({"ls": "none", "ms": 13, "mew": 2} if name == "SGD_AGC" else {"lw": 1.8, "ms": 6})
+        style = STYLES[name] | {"lw": 1.8, "ms": 6}
         ax.plot([r["lr"] for r in runs], [final_top1(r) for r in runs], **style)
         points = {"color": style["color"], "marker": style["marker"], "ls": "none", "ms": 6, "mfc": "none"}
         ax.plot([r["lr"] for r in others], [final_top1(r) for r in others], **points)
@@ -251,24 +216,23 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("cifar10"), help="has train/CLASS and test/CLASS")
-    parser.add_argument("--one", choices=RATES, help="train with this optimizer; needs --lr and --out")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--one", choices=RATES, help="optimizer of a run")
+    parser.add_argument("--lr", type=float, help="its peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--list", action="store_true", help="print the commands of the sweep")
-    parser.add_argument("--plot", action="store_true", help="draw the figure and renew the table")
+    parser.add_argument("--all", action="store_true", help="carry out all runs that have no result yet")
+    parser.add_argument("--plot", action="store_true", help="draw the results that are there")
     args = parser.parse_args()
-    if args.one:
-        start = time.perf_counter()
-        result = train(args.one, args.lr, args.data, args.seed)
-        head = describe(args.one, args.lr, args.seed, time.perf_counter() - start)
-        args.out.write_text(json.dumps(head | result) + "\n")
-    if args.list:
-        runs = [(name, lr, 0) for name, rates in RATES.items() for lr in rates]
+    runs = [(args.one, args.lr, args.seed)] if args.one else []
+    if args.all:
+        runs += [(name, lr, 0) for name, rates in RATES.items() for lr in rates]
         runs += [(name, lr, seed) for name, rates in REPEATED.items() for lr in rates for seed in (1, 2)]
-        for name, lr, seed in runs:
-            out = HERE / "results" / f"{name}-lr{lr:g}-seed{seed}.json"
-            print(f"python {__file__} --data {args.data} --one {name} --lr {lr:g} --seed {seed} --out {out}")
+    for name, lr, seed in runs:
+        out = HERE / "results" / f"{name}-lr{lr:g}-seed{seed}.json"
+        if args.one or not out.exists():
+            out.parent.mkdir(exist_ok=True)
+            result = train(name, lr, args.data, seed)
+            out.write_text(json.dumps(result) + "\n")
+            print(f"{out.stem}: top-1 {final_top1(result):.1f} %", flush=True)
     if args.plot:
         results = load_results()
         plot(results)

@@ -111,7 +111,7 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Writes one object as a line, and its numbers to TensorBoard and wandb as KIND/NAME. NaN and inf become null."""
+        """Writes a line, and its numbers to TensorBoard and wandb as KIND/NAME; null if not finite."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
