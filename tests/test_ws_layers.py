@@ -286,7 +286,7 @@ def plain(conv: WSConv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
     ],
 )
 def test_plain_convolutions_stand_in_the_place_of_standardized_ones(name, overrides, cls):
-    """Outputs and input gradients are the same, and those of weights are those of the standardized weights."""
+    """The same outputs and, in float64, the same gradients of images and of standardized weights."""
     torch.manual_seed(0)
     model = create_model(name, 5, **overrides).eval()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -302,6 +302,8 @@ def test_plain_convolutions_stand_in_the_place_of_standardized_ones(name, overri
                 standardized = {name: REUSED.get()[ours.get_submodule(name)] for name in convs}
                 out, other = ours(x), theirs(x)
                 assert (out - other).norm() <= tolerance * out.norm()
+                if dtype == torch.float32:  # rounding moves activations across ReLU's kink, where gradients jump
+                    continue
                 (grad,), (other,) = (torch.autograd.grad(y.square().sum(), x, retain_graph=True) for y in (out, other))
                 assert (grad - other).norm() <= 10 * tolerance * grad.norm()
                 out.square().sum().backward()
