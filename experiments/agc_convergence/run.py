@@ -181,7 +181,7 @@ def draw_accuracies(ax: Any, results: list[dict[str, Any]]) -> None:
         lost = [r["lr"] for r in runs + others if r["diverged_at_step"] is not None]
         ax.plot(lost, [10.0] * len(lost), "x", color=style["color"], ms=11, mew=2.5)
     ax.axhline(10, color="grey", lw=0.8)
-    ax.set(xscale="log", xlabel="peak learning rate", ylabel="top-1 (%)", ylim=(6, 50))
+    ax.set(xscale="log", xlabel="peak learning rate", ylabel="top-1 (%)", ylim=(6, 56))
     rates = sorted({r["lr"] for r in results})
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()
