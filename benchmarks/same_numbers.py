@@ -1,7 +1,7 @@
 """Whether two checkouts train alike: the losses of their first steps, bit for bit, for every recipe and data set.
 
-    git worktree add /tmp/before COMMIT
-    python benchmarks/same_numbers.py /tmp/before . --data cifar10 photos --out same.json
+    git worktree add ../before COMMIT
+    python benchmarks/same_numbers.py ../before . --data cifar10 photos --out same.json
 
 Every case is one `normfree train` with the same options in both checkouts, one thread each. Recipes keep all that they
 say of augmentation, optimizer and precision; their networks are thinned, and batch and pixels reduced, so that a CPU
