@@ -181,3 +181,18 @@ def test_a_held_update_changes_nothing(options):
     assert all(torch.equal(value, expected[name]) for name, value in held.update.tensors().items())
     held.update.step(0, 0.1, hold=torch.tensor(False))
     assert not torch.equal(held.update.tensors()["model.0.weight"], expected["model.0.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("change", [{"momentum": 0.5}, {"weight_decay": 0.5}, {"clip": "norm", "clipping": 0.01}])
+def test_every_option_of_the_update_changes_it(optimizer, change):
+    def weights(options: dict[str, Any]) -> Tensor:
+        trained = job(configured({"optimizer": optimizer, "weight_decay": 0.01} | options))
+        for step in range(3):
+            trained.update.optimizer.zero_grad()
+            loss = trained.task.loss(trained.task.model, torch.arange(4 * step, 4 * step + 4))["loss"]
+            (loss * 10.0**step).backward()  # else AdamW would not see the scale
+            trained.update.step(step, 0.01, hold=torch.tensor(False))
+        return trained.task.model[2].weight
+
+    assert not torch.equal(weights(change), weights({}))

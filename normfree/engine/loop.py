@@ -183,7 +183,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
     if resume:
         bar.say(f"resume   after step {start} of {plan.total_steps}")
         for line in log.differences(here):
-            bar.say(f"warning: not as the run was begun, so that its numbers may differ: {line}")
+            bar.say(f"warning: changed since the run began, so that numbers may differ: {line}")
     log.write("start", start, total_steps=plan.total_steps, **here)
     seconds_before, began = extra["seconds"], time.monotonic()
     last_checkpoint, last_log, last_log_step, done = began, began, start, start
