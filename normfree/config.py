@@ -175,10 +175,6 @@ class OptimConfig:
     """ρ of sharpness-aware minimization, the radius of the ascent; 0: off; the paper's is 0.05."""
     sam_fraction: float = 0.2
     """Share of the batch that the ascent uses."""
-    label_smoothing: float = 0.1
-    """Share of the label that is distributed over all classes."""
-    balance: Chosen[float] = 0.0
-    """0: classes weigh as many images as they have; 1: all weigh the same (logit adjustment); or in between."""
     ema_decay: float = 0.99999
     """Decay of the moving average of the weights, with warm-up. The average is evaluated and saved."""
 
@@ -197,7 +193,6 @@ class OptimConfig:
             0 <= self.warmup_epochs < self.epochs or self.steps is not None,
             f"warmup-epochs {self.warmup_epochs}: at least 0 and less than epochs {self.epochs}",
         )
-        _need(0 <= self.balance <= 1, f"balance {self.balance}: between 0 and 1")
         _need(0 < self.momentum < 1, f"momentum {self.momentum}: between 0 and 1")
         _need(self.weight_decay >= 0, f"weight-decay {self.weight_decay}: at least 0")
         clipping = self.clipping
@@ -210,9 +205,24 @@ class OptimConfig:
         )
         _need(self.sam_rho >= 0, f"sam-rho {self.sam_rho}: at least 0; 0 switches it off")
         _need(0 < self.sam_fraction <= 1, f"sam-fraction {self.sam_fraction}: more than 0, at most 1")
+        _need(0 <= self.ema_decay < 1, f"ema-decay {self.ema_decay}: from 0 to less than 1")
+
+
+@dataclass(frozen=True)
+class ClassifierOptim(OptimConfig):
+    """The optimizer of a classifier, and its loss."""
+
+    label_smoothing: float = 0.1
+    """Share of the label that is distributed over all classes."""
+    balance: Chosen[float] = 0.0
+    """0: classes weigh as many images as they have; 1: all weigh the same (logit adjustment); or in between."""
+
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        super().check()
         smoothing = self.label_smoothing
         _need(0 <= smoothing < 1, f"label-smoothing {smoothing}: from 0 to less than 1")
-        _need(0 <= self.ema_decay < 1, f"ema-decay {self.ema_decay}: from 0 to less than 1")
+        _need(0 <= self.balance <= 1, f"balance {self.balance}: between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -266,7 +276,7 @@ class ClassificationRun:
     task: ClassVar[str] = "classification"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: ClassifierOptim = field(default_factory=ClassifierOptim)
     machine: MachineConfig = field(default_factory=MachineConfig)
     seed: int = 0
     """Determines order, augmentation, initialisation and dropout."""
@@ -281,6 +291,100 @@ class ClassificationRun:
             self.data.mix_pairs == "stream" or self.optim.batch_size >= 2,
             f"mix-pairs {self.data.mix_pairs} mixes images of a batch, so that --batch-size is at least 2",
         )
+        check_range("seed", self.seed, 0, MAX_SEED)
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """The detector: Mask R-CNN, or Faster R-CNN without masks."""
+
+    backbone: Chosen[str] = "nfnet_f0"
+    """Name of the network under the pyramid; `normfree models` lists them."""
+    stochastic_depth: float | None = None
+    """Rate at which the backbone's deepest block is skipped in training, 0 to 1; None: the network's."""
+    init: str | None = None
+    """Weight file or run folder to start from: of a classifier, for the backbone, or of a detector."""
+    freeze_stages: int = 0
+    """How many stages of the backbone keep their weights, 0 to 4; with 1 or more the stem keeps its own, too."""
+    masks: Chosen[bool] = True
+    """Whether to predict a mask for each object, or its box alone."""
+    channels: Chosen[int] = 256
+    """Channels of the pyramid and of the convolutions in the heads; the box head has four times as many units."""
+    standardize: bool = True
+    """Whether these convolutions have standardized weights, as the backbone's do, or are plain."""
+    anchor_px: Chosen[int] = 32
+    """Side of the smallest anchors in pixels; each level of the pyramid doubles it."""
+    rois: Chosen[int] = 512
+    """Regions of an image that the heads are trained on in one step."""
+    max_detections: int = 100
+    """Most objects that are detected in an image."""
+    min_score: float = 0.05
+    """Detections with a lower score are dropped. Average precision needs a low one."""
+
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        check_range("freeze-stages", self.freeze_stages, 0, 4)
+        _need(self.channels >= 8, f"channels {self.channels}: at least 8")
+        check_range("anchor-px", self.anchor_px, 4, 256)
+        _need(self.rois >= 1, f"rois {self.rois}: at least 1")
+        _need(self.max_detections >= 1, f"max-detections {self.max_detections}: at least 1")
+        check_range("min-score", self.min_score, 0, 1)
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """The images and their objects."""
+
+    path: Annotated[str, Positional, arg(metavar="DATA")] = ""
+    """Folder with COCO annotations beside its images, a Roboflow export or Pascal VOC, or one COCO file (.json); see
+    docs/detection.md."""
+    validation_fraction: float = 0.1
+    """Share of the images to hold out, approximately, if the data has no validation images."""
+    strict: bool = False
+    """Refuse data with any unusable annotation, instead of leaving it out."""
+    px: Chosen[int] = 800
+    """Short side of the images in pixels, in training and evaluation."""
+    max_px: Chosen[int] = 1333
+    """Longest side of the images in pixels; longer ones are made smaller."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    scale: Chosen[tuple[float, float]] = (1.0, 1.0)
+    """Range of the random factor by which training images are resized."""
+    crop: bool = False
+    """Cut a random square of `px` out of each resized training image: large-scale jitter with `--scale 0.1 2`."""
+    max_unreadable: float = 0.05
+    """Stop if more than this share of the training images cannot be read."""
+
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        if not self.path:
+            raise InputError("DATA is missing: a folder with COCO annotations, say")
+        held_out, (low, high) = self.validation_fraction, self.scale
+        _need(0 < held_out < 1, f"validation-fraction {held_out}: between 0 and 1")
+        check_range("px", self.px, 32, MAX_PX)
+        _need(self.px <= self.max_px <= 4 * MAX_PX, f"max-px {self.max_px}: {self.px} to {4 * MAX_PX}")
+        _need(0 < low <= high, f"scale {low:g} {high:g}: two factors, the smaller one first")
+        check_range("max-unreadable", self.max_unreadable, 0, 1)
+
+
+@dataclass(frozen=True)
+class DetectionRun:
+    """The configuration of a detector's training."""
+
+    task: ClassVar[str] = "detection"
+    data: DetectionData = field(default_factory=DetectionData)
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    seed: int = 0
+    """Determines order, augmentation, initialisation and the choice of regions."""
+    precision: Precision = "float32"
+    """bfloat16: convolutions and activations in bfloat16; boxes, losses, weights and their update in float32."""
+
+    def check(self) -> None:
+        """Raises InputError for the first value out of its range."""
+        for part in (self.optim, self.data, self.model, self.machine):
+            part.check()
         check_range("seed", self.seed, 0, MAX_SEED)
 
 
@@ -313,10 +417,13 @@ def with_options(config: Config, values: Mapping[str, Any]) -> Config:
     return dataclasses.replace(typing.cast(Any, config), **changed)
 
 
+_DEFAULTS = options_of(DetectionRun()) | options_of(ClassificationRun())
+
+
 def spell(name: str, value: Any) -> str:
     """An option as it is given on the command line: `--train-px 64`."""
     flag = name.replace("_", "-")
-    if isinstance(options_of(ClassificationRun())[name], bool):
+    if isinstance(_DEFAULTS[name], bool):
         return f"--{'' if value else 'no-'}{flag}"
     words = value if isinstance(value, tuple) else (value,)
     return " ".join((f"--{flag}", *(f"{w:.12g}" if isinstance(w, float) else quoted(str(w)) for w in words)))

@@ -13,10 +13,10 @@ from PIL import Image
 from normfree.cli import main
 from normfree.config import (
     ClassificationRun,
+    ClassifierOptim,
     DataConfig,
     MachineConfig,
     ModelConfig,
-    OptimConfig,
     options_of,
     spell,
     with_options,
@@ -344,7 +344,7 @@ def test_the_network_that_is_given_is_measured(uneven, monkeypatch):
 
 def test_names_of_options_are_unique():
     """`Reason` and the command line tell them apart by their last names."""
-    names = Counter(f.name for part in (ModelConfig, DataConfig, OptimConfig, MachineConfig) for f in fields(part))
+    names = Counter(f.name for part in (ModelConfig, DataConfig, ClassifierOptim, MachineConfig) for f in fields(part))
     assert max(names.values()) == 1
 
 
@@ -401,7 +401,7 @@ def test_training_adds_the_logarithm_of_each_class_share(uneven):
     run = ClassificationRun(
         ModelConfig(width=(16, 16, 16, 16), depth=(1, 1, 1, 1), group_width=8, stochastic_depth=0.0, drop_rate=0.0),
         DataConfig(str(uneven)),
-        OptimConfig(batch_size=4, balance=0.5, label_smoothing=0.0),
+        ClassifierOptim(batch_size=4, balance=0.5, label_smoothing=0.0),
         MachineConfig(device="cpu", workers=0),
     )
     task = build(run).task

@@ -14,10 +14,10 @@ import torch
 
 from normfree.config import (
     ClassificationRun,
+    ClassifierOptim,
     DataConfig,
     MachineConfig,
     ModelConfig,
-    OptimConfig,
     load_config,
     save_config,
 )
@@ -34,7 +34,7 @@ def small_run(photos: Path, epochs: float = 4, **machine) -> ClassificationRun:
     return ClassificationRun(
         ModelConfig("nfnet_nano", width=(16, 32, 32, 32), group_width=8, drop_rate=0.2),
         DataConfig(str(photos), train_px=16, eval_px=16, min_area=0.5),
-        OptimConfig(epochs=epochs, batch_size=8, lr=0.1, clipping=0.1),
+        ClassifierOptim(epochs=epochs, batch_size=8, lr=0.1, clipping=0.1),
         MachineConfig(**({"device": "cpu", "log_every": 1, "workers": 0} | machine)),
         seed=3,
     )

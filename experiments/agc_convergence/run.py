@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfree.config import ClassificationRun, DataConfig, MachineConfig, ModelConfig, OptimConfig
+from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, MachineConfig, ModelConfig
 from normfree.engine.device import processor
 from normfree.engine.loop import Diverged
 from normfree.tasks.classification import start
@@ -61,7 +61,7 @@ def family(name: str) -> str:
 
 def configure(name: str, lr: float, data: str, seed: int) -> ClassificationRun:
     clips = name.endswith("+agc")
-    optim = OptimConfig(
+    optim = ClassifierOptim(
         epochs=EPOCHS,
         batch_size=BATCH,
         lr=lr,

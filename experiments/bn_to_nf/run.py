@@ -21,7 +21,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from normfree.config import ClassificationRun, DataConfig, MachineConfig, ModelConfig, OptimConfig
+from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, MachineConfig, ModelConfig
 from normfree.conversion.convert import convert_to_nf
 from normfree.data import open_dataset
 from normfree.engine import run as engine
@@ -73,7 +73,7 @@ class TorchvisionClassification(Classification):
 
 
 def configure(args: argparse.Namespace) -> ClassificationRun:
-    optim = OptimConfig(
+    optim = ClassifierOptim(
         epochs=args.epochs,
         batch_size=args.batch,
         lr=args.lr,

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,6 +103,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int = 0, wandb_project: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        self.folder = folder
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, folder)
         path = folder / "log.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
@@ -119,6 +122,13 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None and numbers:
             self.wandb.log(numbers, step=step)
+
+    def show(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Writes RGB pictures to TensorBoard, and to pictures/NAME.jpg, where they replace those of an earlier step."""
+        for name, picture in pictures.items():
+            self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            with replacing(self.folder / "pictures" / f"{name}.jpg") as temporary:
+                picture.save(temporary, "JPEG", quality=90)
 
     def differences(self, here: Mapping[str, Any]) -> list[str]:
         """What of `environment` has changed since the run began, one line each."""

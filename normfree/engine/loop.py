@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from normfree._compat import stored_values
@@ -53,10 +54,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`figures`: numbers by name, one of which is the task's `metric`; `details`: anything else, as JSON."""
+    """`figures`: numbers by name, one of which is the task's `metric`; `details`: anything else, as JSON.
+
+    `pictures`: RGB images by name, to be looked at.
+    """
 
     figures: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Image] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -353,6 +358,7 @@ def _evaluate(
             extra["best"], extra["best_epoch"] = averaged[task.metric], epoch
             task.save(folder / "best.safetensors")
     extra["last"] = averaged
+    log.show(done, evaluation.pictures)
     log.write("eval", done, epoch=epoch, **averaged, **{f"raw_{name}": value for name, value in raw.items()})
     if done == plan.total_steps:
         extra["report"] = evaluation.details

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from normfree.config import OptimConfig, Run, save_config
+from normfree.config import OptimConfig, Run, options_of, save_config, spell
 from normfree.data.images import changed
 from normfree.engine.checkpoint import new_run_folder, numbered_run_folder
 from normfree.engine.log import duration
@@ -139,6 +139,23 @@ def resume(job: Job, folder: Path) -> Outcome:
         print(f"warning: {folder} does not say which {job.plan.unit} it was begun with", file=sys.stderr)
         _save_data(job, folder)
     return _carry_out(job, folder, resume=True)
+
+
+def check_resumed(folder: Path, saved: Run, run: Run, command: str = "normfree train") -> None:
+    """InputError, with the command that works, unless `run` differs from the run in `folder` in `machine` alone."""
+    before, machine = options_of(saved), options_of(saved.machine)
+    options = {name: v for name, v in options_of(run).items() if v != before[name] and name not in machine}
+    path = options.pop("path", before["path"])
+    if not options and path == before["path"]:
+        return
+    weights = next((w for w in ("last", "best") if (folder / f"{w}.safetensors").is_file()), None)
+    finish = "" if weights == "last" else f"{command} --resume {quoted(folder)}, then "
+    init = spell("init", str(folder / f"{weights or 'last'}.safetensors"))
+    spelled = " ".join(spell(name, value) for name, value in options.items())
+    raise InputError(
+        f"--resume continues {folder} as it was configured; only the machine options may change. To train with "
+        f"other ones from its weights on: {finish}{command} {quoted(path)} {init} {spelled}".rstrip()
+    )
 
 
 def _save_data(job: Job, folder: Path) -> None:

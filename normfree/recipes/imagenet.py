@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig
+from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, ModelConfig
 
 MAGNITUDES = (5, 10, 10, 15, 15, 15, 15, 15)  # of RandAugment for F0 to F7, as in the released code
 
@@ -45,7 +45,7 @@ def nfnet(size: int, path: str) -> ClassificationRun:
     return ClassificationRun(
         ModelConfig(f"nfnet_f{size}"),
         replace(_augmented(path, MAGNITUDES[size], ALL), eval_crop="resize_crop"),
-        OptimConfig(epochs=360, batch_size=4096, lr=1.6, warmup_epochs=5.0),
+        ClassifierOptim(epochs=360, batch_size=4096, lr=1.6, warmup_epochs=5.0),
         precision="bfloat16",
     )
 
@@ -99,7 +99,7 @@ def resnet(name: str, batch_size: int, path: str) -> ClassificationRun:
     return ClassificationRun(
         ModelConfig(name, drop_rate=0.0),
         DataConfig(path, crop_style="paper", eval_crop="crop_resize", train_px=224, eval_px=224),
-        OptimConfig(
+        ClassifierOptim(
             epochs=90,
             batch_size=batch_size,
             lr=0.1 * batch_size / 256,
@@ -123,7 +123,7 @@ def nf_regnet(size: int, path: str) -> ClassificationRun:
     return ClassificationRun(
         ModelConfig(f"nf_regnet_b{size}"),
         replace(_augmented(path, 0, ("mixup", "cutmix")), eval_crop="crop_resize"),
-        OptimConfig(
+        ClassifierOptim(
             epochs=360,
             batch_size=1024,
             lr=0.4,
@@ -146,7 +146,7 @@ def pretraining(name: str, path: str) -> ClassificationRun:
     """
     data = DataConfig(path, crop_style="paper", eval_crop="resize_crop", train_px=224, eval_px=224)
     if not name.startswith("nfnet"):
-        optim = OptimConfig(
+        optim = ClassifierOptim(
             epochs=10,
             batch_size=1024,
             lr=0.4,
@@ -158,7 +158,7 @@ def pretraining(name: str, path: str) -> ClassificationRun:
         )
         return ClassificationRun(ModelConfig(name), replace(data, eval_crop="crop_resize"), optim, precision="bfloat16")
     epochs = 20 if name.endswith("plus") else 40
-    optim = OptimConfig(epochs=epochs, batch_size=4096, lr=1.6, warmup_epochs=5.0, weight_decay=1e-6)
+    optim = ClassifierOptim(epochs=epochs, batch_size=4096, lr=1.6, warmup_epochs=5.0, weight_decay=1e-6)
     return ClassificationRun(ModelConfig(name), data, optim, precision="bfloat16")
 
 
@@ -172,7 +172,7 @@ def fine_tuning(name: str, path: str) -> ClassificationRun:
     Expected: 89.2 % (F4, F4+). At 384 px, BN / NF: ResNet-50 79.9 / 81.1 %, 101 82.5 / 83.2, 152 83.4 / 84.0,
     200 83.5 / 84.3 (published, after JFT-300M; not reproduced).
     """
-    optim = OptimConfig(
+    optim = ClassifierOptim(
         steps=15_000, batch_size=2048, lr=0.1, warmup_epochs=0.0, warmup_steps=5000, weight_decay=0.0, ema_decay=0.9999
     )
     if not name.startswith("nfnet"):

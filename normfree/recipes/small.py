@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from normfree.config import ClassificationRun, DataConfig, ModelConfig, OptimConfig, options_of, spell, with_options
+from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, ModelConfig, options_of, spell, with_options
 from normfree.errors import InputError
 
 MINUTES = (30, 10)  # length of a run on a CPU, for images in colour and for grey ones
@@ -131,7 +131,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> Classificati
     """The run for images and machine, without given options."""
     count, channels = images.num_train, 1 if images.grey else 3
     size = min(64 if count >= 20_000 else 32, max(2, count // 8))  # at least some hundred steps an epoch
-    optim = OptimConfig(batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
+    optim = ClassifierOptim(batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
     if images.are_small:  # the runs are too short to need dropout and stochastic depth
         px = max(28, -(-images.short_px // 4) * 4)
         epochs = round(min(max(10 if images.grey else 28, 300_000 / count), 60))
@@ -146,7 +146,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> Classificati
         return ClassificationRun(  # the paper's F0 with a quarter of its epochs. Not measured.
             ModelConfig("nfnet_f0", in_channels=channels),
             DataConfig(train_px=192, eval_px=256, mixup=0.2, cutmix=1.0, randaugment_layers=4),
-            OptimConfig(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08),
+            ClassifierOptim(epochs=90, batch_size=256, micro_batch=micro_batch, lr=0.1, warmup_epochs=5, clipping=0.08),
         )
     eval_px = min(images.short_px // 16 * 16, 160 if machine.device == "cuda" else 112)
     train_px = max(48, round(eval_px * 0.72 / 16) * 16)  # trained smaller than it is evaluated, as in the paper
@@ -235,7 +235,7 @@ class _Choice:
         new = self.base is None
         by_paper = name != self.rule.model.model and name not in OURS
         if by_paper:
-            lr, clipping, weight_decay = 0.1 * size / 256, _clipping(name, size), OptimConfig.weight_decay
+            lr, clipping, weight_decay = 0.1 * size / 256, _clipping(name, size), ClassifierOptim.weight_decay
         elif size != o.batch_size:
             lr = o.lr * size / o.batch_size
             if size > o.batch_size:  # to 0.3 at most, where small networks begin to diverge, or to the paper's
@@ -308,7 +308,7 @@ class _Choice:
             text = f"warm-up of {warmup:.3g} {unit}" if explain else None
             self.take(("epochs", "steps"), **{name: (warmup, text)})
 
-    def length_in(self, unit: str, optim: OptimConfig) -> float:
+    def length_in(self, unit: str, optim: ClassifierOptim) -> float:
         """Length of a run in epochs or steps."""
         count = self.images.num_train
         epochs = optim.epochs if optim.steps is None else optim.steps * optim.batch_size / count
@@ -351,5 +351,5 @@ def mnist5k(path: str = "mnist5k") -> ClassificationRun:
     return ClassificationRun(
         ModelConfig("nfnet_nano"),
         DataConfig(path, train_px=28, eval_px=28, min_area=0.8, flip=False),
-        OptimConfig(epochs=8, batch_size=32, lr=0.05, clipping=0.04),
+        ClassifierOptim(epochs=8, batch_size=32, lr=0.05, clipping=0.04),
     )

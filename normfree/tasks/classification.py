@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.config import ClassificationRun, DataConfig, load_config, options_of, spell
+from normfree.config import ClassificationRun, DataConfig, load_config
 from normfree.data import (
     Batch,
     LabelledImages,
@@ -47,6 +46,7 @@ from normfree.tasks.accuracy import (
     score_table,
 )
 from normfree.tasks.choice import network
+from normfree.tasks.unreadable import Unreadable
 from normfree.weights import ModelInfo
 
 
@@ -61,8 +61,9 @@ class Classification:
     run: ClassificationRun
     device: torch.device
     log_priors: Tensor | None = None  # (K,), multiplied by the option `balance`
-    _reported: set[str] = field(default_factory=set)  # images that cannot be read
-    _unreadable: int = 0  # number of them in the training set
+
+    def __post_init__(self) -> None:
+        self.unreadable = Unreadable(len(self.train_set), self.run.data.max_unreadable)
 
     @property
     def metric(self) -> str:
@@ -80,16 +81,8 @@ class Classification:
         Raises:
             InputError: more images than `max_unreadable` allows cannot be read.
         """
-        allowed = self.run.data.max_unreadable * len(self.train_set)
         for batch in self.read(steps, self.workers, shard):
-            new = self._new(batch.unreadable)
-            self._unreadable += len(new)
-            if self._unreadable > allowed:
-                raise InputError(
-                    f"{self._unreadable} of {len(self.train_set)} training images cannot be read, more than "
-                    f"--max-unreadable {self.run.data.max_unreadable:g} allows; the last was {batch.unreadable[-1]}"
-                )
-            yield batch._replace(unreadable=tuple(new))
+            yield batch._replace(unreadable=self.unreadable.count(batch.unreadable))
 
     def read(self, steps: range, workers: int, shard: Shard = Shard()) -> Iterator[Batch]:  # noqa: B008, a constant
         """Batches from `workers` reading processes, without bookkeeping."""
@@ -137,8 +130,7 @@ class Classification:
         accuracy = evaluate_images(
             self.model, info, self.validation_set, self.device, workers, run.precision, show, forward
         )
-        for line in self._new(accuracy.unreadable):
-            print(f"warning: not counted: {line}", file=sys.stderr)
+        self.unreadable.warn(accuracy.unreadable)
         figures = {"top1": accuracy.top1_percent}
         figures |= {"top5": accuracy.top5_percent} if info.num_classes > 5 else {}
         figures |= {"balanced": accuracy.balanced_percent} if run.optim.balance else {}
@@ -148,12 +140,6 @@ class Classification:
         counts = {s.name: {"images": s.images, "right": s.right, "predicted": s.predicted} for s in scores}
         return Evaluation(figures, {"classes": counts})
 
-    def _new(self, lines: Iterable[str]) -> list[str]:
-        """Those that have not been reported before."""
-        new = [line for line in lines if line not in self._reported]
-        self._reported.update(new)
-        return new
-
     def group_of(self, name: str) -> str:
         """Row of the AGC log: "stem", "stages.0", ..., "head"."""
         parts = name.split(".")
@@ -161,11 +147,11 @@ class Classification:
 
     def state_dict(self) -> dict[str, Any]:
         """The images that were reported, so that a resumed run does not report or count them again."""
-        return {"said": sorted(self._reported), "unreadable": self._unreadable}
+        return self.unreadable.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
-        self._reported, self._unreadable = set(state["said"]), state["unreadable"]
+        self.unreadable.load_state_dict(state)
 
     def save(self, path: Path) -> None:
         """Writes the weight file."""
@@ -301,25 +287,8 @@ def start(run: ClassificationRun, folder: Path | None, chosen: Sequence[str] = (
 def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
     """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
     saved = load_config(folder / "config.json")
-    run = run or saved
-    if replace(run, machine=saved.machine) != saved:
-        raise InputError(_how_else(folder, saved, run))
-    return engine.resume(build(run), folder)
-
-
-def _how_else(folder: Path, saved: ClassificationRun, run: ClassificationRun) -> str:
-    """Why `run` cannot continue the run in `folder`, and the command that can."""
-    before, machine = options_of(saved), options_of(saved.machine)
-    other = {name: v for name, v in options_of(run).items() if v != before[name] and name not in machine}
-    options = " ".join(spell(name, value) for name, value in other.items() if name != "path")
-    weights = next((w for w in ("last", "best") if (folder / f"{w}.safetensors").is_file()), None)
-    finish = "" if weights == "last" else f"normfree train --resume {quoted(folder)}, then "
-    init = spell("init", str(folder / f"{weights or 'last'}.safetensors"))
-    return (
-        f"--resume continues {folder} as it was configured; only the machine options may change. To train with "
-        f"other ones from its weights on: {finish}"
-        f"normfree train {quoted(run.data.path)} {init} {options}".rstrip()
-    )
+    engine.check_resumed(folder, saved, run or saved)
+    return engine.resume(build(run or saved), folder)
 
 
 def evaluation_command(run: ClassificationRun, weights: Path) -> str:
