@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normfree.analysis.signal import signal_propagation
     from normfree.conversion.convert import convert_to_nf
-    from normfree.models import create_model, list_models, load, save
+    from normfree.models import create_model, list_models
+    from normfree.tasks.detection.model import create_detector
+    from normfree.tasks.files import load, save
 
-__all__ = ["convert_to_nf", "create_model", "list_models", "load", "save", "signal_propagation"]
+__all__ = ["convert_to_nf", "create_detector", "create_model", "list_models", "load", "save", "signal_propagation"]
 
 _HOMES = {
     "convert_to_nf": "normfree.conversion.convert",
+    "create_detector": "normfree.tasks.detection.model",
     "create_model": "normfree.models",
     "list_models": "normfree.models",
-    "load": "normfree.models",
-    "save": "normfree.models",
+    "load": "normfree.tasks.files",
+    "save": "normfree.tasks.files",
     "signal_propagation": "normfree.analysis.signal",
 }
 

@@ -17,7 +17,7 @@ from normfree.layers import Activation
 from normfree.models.network import Network
 from normfree.models.table import TABLE, build, defaults
 from normfree.weights import ModelInfo
-from normfree.weights.file import NON_WEIGHT_OPTIONS, Weights, Zoo, difference, some, spelled, write_weights
+from normfree.weights.file import DETECTOR, NON_WEIGHT_OPTIONS, Weights, Zoo, difference, some, spelled, write_weights
 from normfree.weights.read import read
 from normfree.weights.states import plain_names, size
 from normfree.weights.timm import with_channels
@@ -33,8 +33,11 @@ ZOO = Zoo({name: variant.depth for name, (_, variant) in TABLE.items()}, _on_met
 
 
 def read_any(path: str | os.PathLike, name: str | None = None, overrides: Mapping[str, Any] | None = None) -> Weights:
-    """`normfree.weights.read.read` for the networks of this package."""
-    return read(path, ZOO, name, overrides)
+    """`normfree.weights.read.read` for the networks of this package; InputError for a detector."""
+    weights = read(path, ZOO, name, overrides)
+    if weights.info.architecture == DETECTOR:
+        raise InputError(f"{path} is a detector: use `normfree detect predict`, or normfree.load in Python")
+    return weights
 
 
 def _fill(model: Network, state: Mapping[str, Tensor], path: str | os.PathLike) -> None:
@@ -59,7 +62,11 @@ def load(path: str | os.PathLike) -> Network:
     Raises:
         InputError: in one line, for anything else.
     """
-    weights = read_any(path)
+    return network_of(read_any(path), path)
+
+
+def network_of(weights: Weights, path: str | os.PathLike) -> Network:
+    """`load`, for a file that has been read."""
     model, info = weights.network, weights.info
     if model is None:
         try:  # no memory is allocated before the shapes are known to agree
@@ -110,7 +117,7 @@ def from_weights(
         info = replace(info, mean=mean, std=std)
     own = model.state_dict()
     if model.out_indices is None:
-        rows, note = _rows_kept(info, num_classes, class_names)
+        rows, note = rows_kept(info, num_classes, class_names)
         notes.append(note)
         old = {key: state.pop(key) for key in [*state] if key.startswith("head.fc.")}
         for key in (key for key in own if key.startswith("head.fc.")):
@@ -125,7 +132,7 @@ def from_weights(
     return model, tuple(notes)
 
 
-def _rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
+def rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
     """Pairs of rows (new classifier, file's classifier) to be copied, and a note for the user."""
     if not num_classes:
         return [], "the classifier is left out"
@@ -158,11 +165,8 @@ def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = Non
             or the file cannot be written.
         OSError: the disk is full. The old file is still whole.
     """
-    network = _unwrapped(model)
-    state, _ = plain_names(network.state_dict(), path)
-    for key, value in state.items():
-        if hasattr(value, "full_tensor"):  # a DTensor, whose class is slow to import
-            state[key] = value.full_tensor()
+    network = bare(model)
+    state, _ = plain_names(full_state(network), path)
     known = info or getattr(network, "info", None)
     if known is None:
         raise InputError(
@@ -172,13 +176,20 @@ def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = Non
     write_weights(path, state, _described(network, state, known, info is not None))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict; sharded tensors whole, for which all ranks must call this."""
+    # a DTensor, whose class is slow to import
+    whole = lambda value: value.full_tensor() if hasattr(value, "full_tensor") else value  # noqa: E731
+    return {key: whole(value) for key, value in model.state_dict().items()}
+
+
+def bare(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile` (`_orig_mod`), DDP, DataParallel, AveragedModel, timm's EMA (`module`)."""
     # other wrappers may compute something before or after the network
     if isinstance(model, Network) or type(model).__module__.partition(".")[0] not in ("torch", "timm"):
         return model
     inner = unwrapped(model)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return bare(inner) if isinstance(inner, nn.Module) else model
 
 
 def _described(network: nn.Module, state: Mapping[str, Tensor], info: ModelInfo, strict: bool) -> ModelInfo:

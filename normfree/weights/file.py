@@ -24,6 +24,7 @@ from normfree.weights.pickles import OLD_TORCH
 KEY, FORMAT = "normfree", 1  # one key alone, since safetensors writes several in random order
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DETECTOR = "mask_rcnn"  # the architecture in a detector's file
 # options that change neither the weights nor their shapes: they act in training, or take layers away at the end
 NON_WEIGHT_OPTIONS = {"drop_rate", "stochastic_depth", "skip_init", "global_pool", "features_only", "out_indices"}
 
@@ -49,7 +50,9 @@ class ModelInfo:
 
     `overrides` are keyword arguments of `create_model`; `train_px` and `eval_px` are sides of square inputs; `mean` and
     `std` apply to pixels in [0, 1]; `eval_crop` and `crop_fraction` are those of `normfree.data.EvalTransform`;
-    `trained_on` holds hashes of some training images, which reveal an evaluation on the same images.
+    `trained_on` holds hashes of some training images, which reveal an evaluation on the same images. Of a detector,
+    `overrides` are keyword arguments of `create_detector`, the pixels are those of the short side, and `category_ids`
+    are the numbers of the classes in the annotations it was trained on.
     """
 
     architecture: str
@@ -67,6 +70,7 @@ class ModelInfo:
     trained_on: tuple[str, ...] = ()
     licence: str = ""
     normfree_version: str = field(default_factory=package_version)
+    category_ids: tuple[int, ...] = ()
 
     def to_metadata(self) -> dict[str, str]:
         """The header of a safetensors file."""
@@ -90,6 +94,8 @@ class ModelInfo:
             "eval_crop": info.eval_crop in get_args(EvalCrop),
             "crop_fraction": isinstance(info.crop_fraction, int | float) and 0 < info.crop_fraction <= 1,
             "trained_on": all(isinstance(key, str) for key in info.trained_on),
+            "category_ids": all(isinstance(number, int) for number in info.category_ids)
+            and len(info.category_ids) in (0, info.num_classes),
             "mean and std": len(info.mean) == len(info.std) == info.in_channels and min(info.std) > 0,
         }
         bad = [name for name, good in checks.items() if not good]

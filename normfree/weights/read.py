@@ -10,7 +10,7 @@ from typing import Any
 from normfree.errors import InputError
 from normfree.weights import hub
 from normfree.weights.deepmind import read_deepmind
-from normfree.weights.file import NON_WEIGHT_OPTIONS, Weights, Zoo, file_kind, read_weights
+from normfree.weights.file import DETECTOR, NON_WEIGHT_OPTIONS, Weights, Zoo, file_kind, read_weights
 from normfree.weights.states import is_own, plain_names, read_own_state, read_state
 from normfree.weights.timm import read_timm
 
@@ -44,7 +44,7 @@ def read(
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if kind == "normfree":
         state, info = read_weights(path)
-        return Weights(plain_names(state, path)[0], info)
+        return Weights(state if info.architecture == DETECTOR else plain_names(state, path)[0], info)
     if kind == "haiku":
         return read_deepmind(Path(path), zoo, name, whole)
     state, notes = read_state(Path(path))
