@@ -212,7 +212,9 @@ def test_another_number_of_detections(most):
     scores = coco_scores(truth, results, "bbox", NAMES, max_detections=most)
     run = reference(truth, results, "bbox", tuple(sorted({min(1, most), min(10, most), most})))
     precision, recall = run.eval["precision"], run.eval["recall"]
-    assert (scores.ap, scores.ap50, scores.ap75) == tuple(mean(precision[part, ..., 0, -1]) for part in (..., 0, 5))
+    assert (scores.ap, scores.ap50, scores.ap75) == tuple(
+        mean(precision[part, :, :, 0, -1]) for part in (slice(None), 0, 5)
+    )
     assert [scores.small, scores.medium, scores.large] == [mean(precision[:, :, :, i, -1]) for i in (1, 2, 3)]
     assert [scores.ar1, scores.ar100] == [mean(recall[:, :, 0, place]) for place in (0, -1)]
     assert scores.ar10 == mean(recall[:, :, 0, min(1, recall.shape[-1] - 1)])
