@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as reference_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from normfree.errors import InputError
+from normfree.tasks.detection import draw as pictures
 from normfree.tasks.detection import metrics
+from normfree.tasks.detection.draw import draw, side_by_side
 from normfree.tasks.detection.metrics import as_results, cap_line, coco_scores, encode, score_table
 
 NAMES = ("cat", "dog", "eel", "fox")
@@ -382,3 +385,85 @@ def test_the_cap_of_detections_is_named():
     assert cap_line([3, 99, 0], 100) is None
     assert cap_line([3, 100, 100], 100).startswith("2 of 3 images have 100 detections, the most that are kept")
     assert cap_line([100], 100).startswith("1 of 1 images has")
+
+
+def blank(width: int = 700, height: int = 700) -> Image.Image:
+    return Image.new("RGB", (width, height), (10, 20, 30))
+
+
+def changed_pixels(picture: Image.Image) -> np.ndarray:
+    return (np.asarray(picture) != (10, 20, 30)).any(2)
+
+
+def test_masks_of_every_form_are_drawn_alike():
+    found = some_detections(6, 700, 700)
+    codes = encode(found["boxes"], found["masks"], (700, 700))
+    pixels = torch.from_numpy(reference_mask.decode(codes)).permute(2, 0, 1)
+    image = blank()
+    drawn = [
+        np.asarray(draw(image, **found | {"masks": m}, class_names=NAMES))
+        for m in (found["masks"], codes, pixels, pixels.bool())
+    ]
+    assert all(np.array_equal(drawn[0], other) for other in drawn[1:])
+    assert not changed_pixels(image).any()
+
+
+def test_a_mask_is_translucent_and_its_class_has_the_colour():
+    mask = torch.zeros(1, 700, 700, dtype=torch.bool)
+    mask[0, 300:400, 300:500] = True
+    box = torch.tensor([[200.0, 200.0, 600.0, 600.0]])
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 700, 700)
+    by_label = [np.asarray(draw(image, box, torch.tensor([label]), NAMES, masks=mask)) for label in (1, 2, 2)]
+    for colour, pixels in zip(("#e6194b", "#3cb44b"), by_label, strict=False):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        assert np.abs(pixels[350, 400] - (0.45 * rgb + 0.55 * np.array([10, 20, 30]))).max() <= 1
+        assert (pixels[400, 200] == rgb).all()  # the box
+        assert (pixels[250, 550] == (10, 20, 30)).all()  # in the box, not in the mask
+    assert np.array_equal(by_label[1], by_label[2])
+
+
+def test_what_is_below_the_least_score_is_not_drawn():
+    found = some_detections(8, 700, 700) | {"scores": torch.linspace(0.1, 0.8, 8)}
+    some = {name: value[4:] for name, value in found.items()}
+    kept = draw(blank(), **found, class_names=NAMES, min_score=0.5)
+    assert np.array_equal(np.asarray(kept), np.asarray(draw(blank(), **some, class_names=NAMES)))
+    assert not changed_pixels(draw(blank(), **found, class_names=NAMES, min_score=0.9)).any()
+
+
+def test_objects_at_the_border_and_of_no_size_are_seen(monkeypatch):
+    rectangles = []
+    caption = pictures._caption
+
+    def spy(*arguments):
+        caption(*arguments)
+        rectangles.append(arguments[-1][-1])
+
+    monkeypatch.setattr(pictures, "_caption", spy)
+    boxes = torch.tensor([[0, 0, 0.2, 0.2], [699.9, 699.9, 700, 700], [-9, 650, 12, 712], [0, 0, 700, 700.0]])
+    picture = draw(blank(), boxes, torch.tensor([1, 2, 3, 4]), ("a" * 99, "b", "c", "d"), scores=torch.ones(4))
+    assert picture.size == (700, 700)
+    assert len(rectangles) == 4
+    for x1, y1, x2, y2 in rectangles:
+        assert 0 <= x1 < x2 <= 700
+        assert 0 <= y1 < y2 <= 700
+    drawn = changed_pixels(picture)
+    assert drawn[0, 0]
+    assert drawn[699, 699]
+
+
+@pytest.mark.parametrize("name", ["Кошка", "猫", "a\n\tb", "x\udc80", "\ud83d", "🐈", "", "w" * 500])
+def test_names_may_be_any_text(name):
+    picture = draw(blank(64, 40), torch.tensor([[5.0, 5, 50, 30]]), torch.tensor([1]), [name])
+    assert picture.size == (64 * 16, 40 * 16)  # enlarged, so that there is room for the caption
+    assert changed_pixels(picture).any()
+
+
+def test_ground_truth_is_beside_the_prediction():
+    found = some_detections(5, 700, 700) | {"scores": torch.linspace(0.3, 0.7, 5)}
+    truth = {name: value for name, value in found.items() if name != "scores"}
+    both = side_by_side(blank(), truth, found, NAMES)
+    right = np.asarray(both)[-700:, -700:]
+    assert np.array_equal(right, np.asarray(draw(blank(), **found, class_names=NAMES, min_score=0.5)))
+    assert np.array_equal(np.asarray(both)[-700:, :700], np.asarray(draw(blank(), **truth, class_names=NAMES)))
+    none = {name: value[:0] for name, value in found.items()}
+    side_by_side(blank(), none, none, NAMES)
