@@ -229,9 +229,16 @@ class Samples(ABC):
         """(width, height) in pixels, from the header. Raises `UnreadableImage`."""
         return read_size(self.source(index))
 
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation of the images, (N,): the order of one epoch of training."""
+    def order(self, rng: np.random.Generator, lead: int = 0) -> np.ndarray:
+        """A permutation of the images, (N,): the order of one epoch of training.
+
+        Its first `lead` images complete a batch of the epoch before; subclasses may group the others by batch.
+        """
         return rng.permutation(len(self))
+
+    def fingerprint(self, index: int) -> bytes:
+        """What `inventory` knows of image `index`, besides its class: its name."""
+        return os.fsencode(self.name(index))
 
     def groups(self) -> dict[str, list[int]]:
         """The indices of the images by class, ascending. Without classes there is one group, ""."""
@@ -308,8 +315,8 @@ class _Wrapper(Samples):
     def read(self, index: int, channels: int = 3, min_px: int | None = None) -> Image.Image:
         return self.samples.read(index, channels, min_px)
 
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        return self.samples.order(rng)
+    def order(self, rng: np.random.Generator, lead: int = 0) -> np.ndarray:
+        return self.samples.order(rng, lead)
 
 
 @dataclass(kw_only=True)
@@ -393,12 +400,12 @@ Inventory = dict[str, dict[str, list]]  # split -> class -> [number of images, h
 
 
 def inventory(**splits: Samples) -> Inventory:
-    """A fingerprint of names and classes by split, to be compared by `changed`. It can be written as JSON."""
+    """A fingerprint of names, classes and annotations by split, for `changed`. It can be written as JSON."""
     found: Inventory = {}
     for split, images in splits.items():
         found[split] = {}
         for group, indices in images.groups().items():
-            names = b"".join(os.fsencode(images.name(index)) + b"\0" for index in indices)
+            names = b"".join(images.fingerprint(index) + b"\0" for index in indices)
             found[split][group] = [len(indices), hashlib.blake2b(names, digest_size=8).hexdigest()]
     return found
 
@@ -416,7 +423,8 @@ def changed(before: Inventory, now: Inventory) -> str | None:
         if was[0] != is_now[0]:
             return f"{owner} has {is_now[0]} {split} images and had {was[0]}"
         if was != is_now:
-            return f"{owner} has other {split} images, or the same in another order"
+            objects = "" if name else " or with other annotations"
+            return f"{owner} has other {split} images, or the same in another order{objects}"
     return None if list(old) == list(new) else "the classes are in another order"
 
 

@@ -219,7 +219,8 @@ def _stream_keys(images: Samples, per_step: int, seed: int, steps: range) -> Ite
         for position in range(step * per_step, (step + 1) * per_step):
             if position // len(images) != epoch:
                 epoch = position // len(images)
-                order = images.order(sample_rng(seed, epoch, 0, _ORDER_STREAM))
+                lead = -epoch * len(images) % per_step  # images that complete the batch begun in the epoch before
+                order = images.order(sample_rng(seed, epoch, 0, _ORDER_STREAM), lead)
             keys.append((epoch, int(order[position % len(images)])))
         yield keys
 

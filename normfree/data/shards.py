@@ -64,10 +64,10 @@ class ShardImages(Samples):
         rows = np.asarray(indices, dtype=np.int64)
         return replace(self, **{name: getattr(self, name)[rows] for name in ("places", "offsets", "sizes", "keys")})
 
-    def order(self, rng: np.random.Generator) -> np.ndarray:
+    def order(self, rng: np.random.Generator, lead: int = 0) -> np.ndarray:
         """Shards in random order, and images in random order among those of a few shards, to keep reads local."""
         if len(self.shards) <= _WINDOW_SHARDS:
-            return super().order(rng)  # the same as for these images in a folder
+            return super().order(rng, lead)  # the same as for these images in a folder
         window = rng.permutation(len(self.shards))[self.places] // _WINDOW_SHARDS
         return np.lexsort((rng.random(len(self)), window))
 

@@ -1,0 +1,307 @@
+"""Annotations of objects, as COCO and Pascal VOC store them, read with every problem counted and named."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from normfree.data.splits import class_key, role_of
+from normfree.errors import InputError, one_line
+
+Segmentation = list[Sequence[float]] | dict[str, Any]  # polygons x, y, x, y, ...; or RLE with `counts` as a string
+Problems = dict[str, list[str]]  # kind -> lines
+
+_LEAST_PX = 1e-3  # thinner boxes have no area in float32
+_SLACK_PX = 0.5  # boxes may exceed their image by rounding
+_BROKEN = "annotations whose mask cannot be used"
+
+
+class Annotation(NamedTuple):
+    """An object: `box` x1, y1, x2, y2 in pixels; `label` 1..K; polygons, or RLE with string counts, or None; crowd."""
+
+    box: tuple[float, float, float, float]
+    label: int
+    segmentation: Segmentation | None
+    crowd: bool
+    area: float
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A COCO annotation file. InputError if it is cut off or holds something else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON, or is cut off: {one_line(error)}") from None
+    if isinstance(data, list):
+        raise InputError(f"{path} is a list, as COCO results are: give the file of the annotations")
+    parts = ("images", "annotations", "categories")
+    missing = [part for part in parts if not isinstance(data, dict) or not isinstance(data.get(part), list)]
+    if missing:
+        raise InputError(f"{path} does not hold COCO annotations of objects: it has no list of {' and '.join(missing)}")
+    return data
+
+
+def load_voc(root: Path) -> dict[str, dict[str, Any]]:
+    """The splits below a folder of Pascal VOC ("" if no split has a list), as COCO files would hold them.
+
+    VOC counts pixels from 1 and boxes include their last pixel. Difficult objects become crowds: they are ignored.
+    """
+    lists: dict[str, list[str]] = {}
+    for folder in ("Main", "Segmentation"):
+        for file in sorted((root / "ImageSets" / folder).glob("*.txt")) if not lists else ():
+            if role := role_of(file.stem):
+                lists[role] = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    if "validation" in lists:
+        lists.pop("test", None)  # its annotations may be secret
+    lists = lists or {"": sorted(file.stem for file in (root / "Annotations").glob("*.xml"))}
+    splits = {role: [_voc_image(root, *item) for item in enumerate(names, 1)] for role, names in lists.items()}
+    names = sorted({obj["name"] for images in splits.values() for image in images for obj in image["objects"]})
+    ids = {name: number for number, name in enumerate(names, 1)}
+    found = {}
+    for role, images in splits.items():
+        objects = [(image["id"], obj) for image in images for obj in image["objects"]]
+        found[role] = {
+            "images": images,
+            "annotations": [
+                obj | {"id": number, "image_id": image_id, "category_id": ids[obj["name"]]}
+                for number, (image_id, obj) in enumerate(objects, 1)
+            ],
+            "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        }
+    return found
+
+
+def _voc_image(root: Path, number: int, name: str) -> dict[str, Any]:
+    path = root / "Annotations" / f"{name}.xml"
+    try:
+        tree = ElementTree.parse(path).getroot()
+        file = f"{name}.jpg" if (root / "JPEGImages" / f"{name}.jpg").exists() else tree.findtext("filename", name)
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+        objects = []
+        for obj in tree.findall("object"):
+            corners = (float(obj.findtext(f"bndbox/{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax"))
+            x1, y1, x2, y2 = corners
+            crowd = int(obj.findtext("difficult") or 0)
+            bbox = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+            objects.append({"name": (obj.findtext("name") or "?").strip(), "bbox": bbox, "iscrowd": crowd})
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"{path} is not an annotation of Pascal VOC, or is cut off: {one_line(error)}") from None
+    return {"id": number, "file_name": file, "width": width, "height": height, "objects": objects}
+
+
+def read_categories(data: dict[str, Any], where: object) -> tuple[dict[int, str], list[str]]:
+    """({id: name} in ascending order, notes).
+
+    A category without annotations that is another's supercategory is left out: it is the root that Roboflow invents.
+    Raises InputError for ids and names that are there twice, or are not a number and a text.
+    """
+    entries = data["categories"]
+    for entry in entries:
+        known = isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("name"), str)
+        if not known or not class_key(entry["name"]):
+            raise InputError(f"{where}: every category needs a number as id and a name, and {one_line(entry)} has not")
+    owners = {str(raw.get("category_id")) for raw in data["annotations"] if isinstance(raw, dict)}
+    found: dict[int, str] = {}
+    notes: list[str] = []
+    names: dict[str, int] = {}
+    for entry in sorted(entries, key=lambda entry: entry["id"]):
+        number, name = entry["id"], class_key(entry["name"])
+        parent = any(other is not entry and other.get("supercategory") == entry["name"] for other in entries)
+        if parent and str(number) not in owners:
+            notes.append(f"category {name!r} (id {number}) is left out: it only groups others and has no annotations")
+            continue
+        if number in found:
+            raise InputError(f"{where}: category id {number} is there twice ({found[number]!r} and {name!r})")
+        if name in names:
+            raise InputError(f"{where}: the name {name!r} belongs to the categories {names[name]} and {number}")
+        found[number], names[name] = name, number
+    return found, notes
+
+
+class Picture(NamedTuple):
+    """What annotations must know about their image; `width` and `height` in pixels."""
+
+    place: int
+    name: str
+    width: int
+    height: int
+
+
+def read_annotations(
+    raws: list[Any], pictures: dict[Any, Picture], labels: dict[Any, int]
+) -> tuple[list[list[Annotation]], Problems]:
+    """(annotations of each image, problems) of a COCO file; `pictures` and `labels` by the ids of the file.
+
+    What cannot be used is left out and named. Boxes are clamped to their image. Polygons of fewer than three points,
+    of an odd number of values, or far outside are left out; a mask of which nothing is left makes a box alone if
+    others have no mask either, and is left out with its box if all others have one.
+    """
+    reader = _Reader(pictures, labels)
+    found: list[list[Annotation]] = [[] for _ in pictures]
+    for reader.raw in raws:
+        reader.picture = None
+        try:
+            annotation = reader.annotation()
+            assert reader.picture
+            found[reader.picture.place].append(annotation)
+        except _LeftOut as error:
+            reader.flag(f"{error.args[0]} (left out)", error.args[1])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            reader.flag("annotations that are not COCO's (left out)", f"{type(error).__name__} {one_line(error)}")
+    if lines := reader.problems.pop(_BROKEN, None):
+        kept = [a.segmentation for annotations in found for a in annotations if a.segmentation != []]
+        leave_out = bool(kept) and None not in kept
+        for annotations in found:
+            boxes = [a if a.segmentation != [] else a._replace(segmentation=None) for a in annotations]
+            annotations[:] = [a for a in boxes if a.segmentation is not None] if leave_out else boxes
+        reader.problems[f"{_BROKEN} ({'left out' if leave_out else 'their boxes are kept'})"] = lines
+    return found, dict(reader.problems)
+
+
+class _LeftOut(Exception):
+    """An annotation cannot be used: `args` are the kind of problem and a detail."""
+
+
+class _Reader:
+    """Reads the annotation `raw` of the image `picture`."""
+
+    raw: Any
+    picture: Picture | None
+
+    def __init__(self, pictures: dict[Any, Picture], labels: dict[Any, int]) -> None:
+        self.pictures, self.labels = pictures, labels
+        self.problems: Problems = defaultdict(list)
+        self.ids: set[Any] = set()
+
+    def flag(self, kind: str, detail: object) -> None:
+        number = self.raw.get("id") if isinstance(self.raw, dict) else one_line(self.raw, 40)
+        words = (self.picture and self.picture.name, f"annotation {number}", one_line(detail, 80))
+        self.problems[kind].append(": ".join(word for word in words if word))
+
+    def annotation(self) -> Annotation:
+        raw = self.raw
+        self.picture = self.pictures.get(raw["image_id"])
+        if self.picture is None:
+            raise _LeftOut("annotations of images that are not listed", f"image {raw['image_id']}")
+        if raw["category_id"] not in self.labels:
+            raise _LeftOut("annotations of categories that are not listed", f"category {raw['category_id']}")
+        segmentation = self._segmentation(raw.get("segmentation"))
+        box = self._box(raw.get("bbox"), segmentation)
+        area = raw.get("area")
+        if not isinstance(area, int | float) or not 0 < area < math.inf:
+            area = mask_area(segmentation, self.picture) if segmentation else 0
+            area = area or (box[2] - box[0]) * (box[3] - box[1])
+        number = raw.get("id")
+        if number in self.ids and number is not None:
+            self.flag("annotation ids that are there twice (both kept)", "")
+        if number == 0:
+            self.flag("annotations with id 0 (renumbered)", "")
+        self.ids.add(number)
+        crowd = bool(int(raw.get("iscrowd") or 0))
+        return Annotation(box, self.labels[raw["category_id"]], segmentation, crowd, float(area))
+
+    def _box(self, bbox: Any, segmentation: Segmentation | None) -> tuple[float, float, float, float]:
+        assert self.picture
+        if not bbox:
+            if not segmentation:
+                raise _LeftOut("annotations without box and mask", "")
+            bbox = _bounds(segmentation)
+        try:
+            x, y, width, height = map(float, bbox)
+        except (TypeError, ValueError, OverflowError):
+            raise _LeftOut("boxes that are not four numbers", bbox) from None
+        if not all(map(math.isfinite, (x, y, width, height))):
+            raise _LeftOut("boxes that are not finite", bbox)
+        if min(width, height) <= _LEAST_PX:
+            raise _LeftOut(f"boxes of {'negative' if min(width, height) < 0 else 'zero'} size", bbox)
+        right, bottom = x + width, y + height
+        box = max(x, 0.0), max(y, 0.0), min(right, float(self.picture.width)), min(bottom, float(self.picture.height))
+        if min(box[2] - box[0], box[3] - box[1]) <= _LEAST_PX:
+            raise _LeftOut("boxes outside the image", bbox)
+        if max(-x, -y, right - self.picture.width, bottom - self.picture.height) > _SLACK_PX:
+            self.flag("boxes partly outside the image (clamped)", bbox)
+        return box
+
+    def _segmentation(self, given: Any) -> Segmentation | None:
+        """The mask in a compact form; None if none is given, [] if it cannot be used."""
+        if isinstance(given, dict):
+            try:
+                return _rle(given, self.picture)
+            except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                self.flag("RLE that does not fit its image", error)
+                self.flag(_BROKEN, "")
+                return []
+        parts = [part for part in given or () if part != []]
+        polygons = [polygon for part in parts if (polygon := self._polygon(part))]
+        if len(polygons) < len(parts):
+            detail = f"{len(parts) - len(polygons)} of {len(parts)}"
+            self.flag("polygons of fewer than three points, of an odd number of values, or outside", detail)
+            if not polygons:
+                self.flag(_BROKEN, "")
+        return polygons if parts else None
+
+    def _polygon(self, part: Any) -> Sequence[float] | None:
+        """None for what would be read as a box (four values), or exhaust memory (not finite, or far outside)."""
+        assert self.picture
+        most = 2 * max(self.picture.width, self.picture.height)
+        try:
+            points = array("d", part)
+        except (TypeError, OverflowError):
+            return None
+        usable = len(points) >= 6 and len(points) % 2 == 0 and math.isfinite(sum(points))
+        return points if usable and -most <= min(points) and max(points) <= most else None
+
+
+def _rle(given: dict[str, Any], picture: Picture | None) -> dict[str, Any]:
+    """RLE with string counts. Raises ValueError and what the library raises for damaged ones."""
+    from faster_coco_eval.core import mask
+
+    assert picture
+    size = [picture.height, picture.width]
+    if list(given["size"]) != size:
+        raise ValueError(f"size {given['size']}, the image has {size} (height, width)")
+    counts = given["counts"]
+    if isinstance(counts, list):
+        runs, counts = counts, mask.frPyObjects([{"size": size, "counts": counts}], *size)[0]["counts"].decode()
+    else:
+        runs = mask._mask.toUncompressedRLE([{"size": size, "counts": counts}])[0]["counts"]
+    if sum(runs) != size[0] * size[1]:
+        raise ValueError(f"{sum(runs)} pixels, the image has {size[0] * size[1]}")
+    return {"size": size, "counts": counts}
+
+
+def as_rle(segmentation: Segmentation, width: int, height: int) -> dict[str, Any]:
+    """The mask of an object as RLE, which runs down the columns of an image of `width` x `height` pixels."""
+    from faster_coco_eval.core import mask
+
+    if isinstance(segmentation, dict):
+        return segmentation
+    parts = mask.frPyObjects([list(polygon) for polygon in segmentation], height, width)
+    return mask.merge(parts)  # type: ignore
+
+
+def mask_area(segmentation: Segmentation, picture: Picture) -> int:
+    """Pixels of a mask."""
+    from faster_coco_eval.core import mask
+
+    return int(mask.area(as_rle(segmentation, picture.width, picture.height)))
+
+
+def _bounds(segmentation: Segmentation) -> list[float]:
+    """x, y, width, height of a mask."""
+    from faster_coco_eval.core import mask
+
+    if isinstance(segmentation, dict):
+        return mask.toBbox(segmentation).tolist()
+    columns, rows = ([v for polygon in segmentation for v in polygon[axis::2]] for axis in (0, 1))
+    return [min(columns), min(rows), max(columns) - min(columns), max(rows) - min(rows)]
