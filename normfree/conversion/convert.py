@@ -25,13 +25,13 @@ from normfree.layers import (
     BranchEndConv2d,
     BranchEndConv3d,
     ChannelAffine,
+    Conv2d,
     SkipInit,
     WSConv,
     WSConv1d,
     WSConv2d,
     WSConv3d,
 )
-from normfree.models.bn_resnet import SameConv2d
 from normfree.models.network import Network
 
 # plain convolution -> its standardized replacement, inside a branch and at its end
@@ -229,7 +229,8 @@ def _scale_and_offset(norm: Any) -> tuple[Tensor, Tensor]:
 
 def _standardized(conv: nn.Conv2d, norm: nn.Module | None, ends_branch: bool) -> WSConv:
     """The replacement of `conv`, with the same weight, gain 1, bias 0. `input_scale` is a buffer, to be saved."""
-    same, cls = isinstance(conv, SameConv2d), next(cls for cls in REPLACEMENTS if isinstance(conv, cls))
+    same = isinstance(conv, Conv2d) and conv.padding == "same"
+    cls = next(cls for cls in REPLACEMENTS if isinstance(conv, cls))
     with torch.device("meta"):  # no random numbers drawn
         new = cast(Any, REPLACEMENTS[cls][ends_branch])(
             conv.in_channels,

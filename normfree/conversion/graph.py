@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from normfree import functional
 from normfree._compat import BatchNorm, ConvNd, DropoutNd, NormBase, conv_pads, has_forward_hooks
 from normfree.errors import InputError
-from normfree.models.bn_resnet import SameConv2d
+from normfree.layers import Conv2d, WSConv
 
 BATCH_NORMS = (BatchNorm, FrozenBatchNorm2d)
 OTHER_NORMS = (
@@ -30,7 +30,7 @@ OTHER_NORMS = (
 )
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.local_response_norm)
 CONVS = ConvNd
-PLAIN_CONVS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, SameConv2d.forward)
+PLAIN_CONVS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, Conv2d.forward)
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 ADDCMULS = (torch.addcmul, "addcmul", "addcmul_", functional.gated_sum)
@@ -57,7 +57,7 @@ def _has_statistics(norm: Any) -> bool:
 
 def _why_not(conv: Any) -> str | None:
     """The reason why this convolution cannot be converted."""
-    if type(conv).forward not in PLAIN_CONVS:
+    if type(conv).forward not in PLAIN_CONVS or isinstance(conv, WSConv):
         return f"{type(conv).__name__} is another kind of convolution"
     if parametrize.is_parametrized(conv) or has_forward_hooks(conv):
         return "its weight or output is computed by a parametrization or a hook"

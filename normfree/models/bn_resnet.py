@@ -2,102 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normfree import functional
-from normfree.config import Four
-from normfree.layers import ACTIVATIONS, Pair, SqueezeExcite, StochasticDepth, conv2d_same, init_normal_
+from normfree.layers import ACTIVATIONS, Conv2d, SqueezeExcite, StochasticDepth, init_normal_
+from normfree.models import nf_resnet, nfnet
 from normfree.models.network import (
     Block,
-    ClassifierHead,
-    FeatureInfo,
     MaxPool,
     Network,
     Stage,
+    block_schedule,
     check_four,
     check_rates,
     check_stem,
     same_avg_pool,
 )
-from normfree.models.nfnet import SMALL_VARIANTS
 
-fx.wrap("conv2d_same")
-
-
-@dataclass(frozen=True)
-class ResNetVariant:
-    """One row of the ResNets' table."""
-
-    depth: Four
-    width: Four = (256, 512, 1024, 2048)
-    train_px: int = 224
-    eval_px: int = 224
-    published: str = ""
-
-
-@dataclass(frozen=True)
-class NFNetVariant:
-    """One row of the "-NF, +BN" ablation (Table 6); `published` at `eval_px`."""
-
-    depth: Four
-    drop_rate: float
-    train_px: int
-    eval_px: int
-    published: str = ""
-    width: Four = (256, 512, 1536, 1536)
-    group_width: int = 128
-    stem_channels: tuple[int, ...] = (16, 32, 64)
-    stem_strides: tuple[int, ...] = (2, 1, 1, 2)
-
-
-RESNET_VARIANTS: dict[str, ResNetVariant] = {
-    "bn_resnet50": ResNetVariant((3, 4, 6, 3)),
-    "bn_resnet101": ResNetVariant((3, 4, 23, 3)),
-    "bn_resnet152": ResNetVariant((3, 8, 36, 3)),
-    "bn_resnet200": ResNetVariant((3, 24, 36, 3)),
-}
-NFNET_VARIANTS: dict[str, NFNetVariant] = {
-    "bn_nfnet_f0": NFNetVariant((1, 2, 6, 3), 0.2, 192, 256, "83.4 % (paper)"),
-    "bn_nfnet_f1": NFNetVariant((2, 4, 12, 6), 0.3, 224, 320, "84.4 % (paper)"),
-    "bn_nfnet_f2": NFNetVariant((3, 6, 18, 9), 0.4, 256, 352, "85.1 % (paper)"),
-    "bn_nfnet_f3": NFNetVariant((4, 8, 24, 12), 0.4, 320, 416, "85.5 % (paper)"),
-}
-# The twins of our small networks.
-NFNET_VARIANTS |= {
-    f"bn_{name}": NFNetVariant(
-        small.depth,
-        small.drop_rate,
-        small.train_px,
-        small.eval_px,
-        width=small.width,
-        group_width=small.group_width,
-        stem_channels=small.stem_channels,
-        stem_strides=small.stem_strides,
-    )
-    for name in ("nfnet_nano", "nfnet_micro")
-    for small in (SMALL_VARIANTS[name],)
+RESNET_VARIANTS = {f"bn_resnet{depth}": nf_resnet.VARIANTS[f"nf_resnet{depth}"] for depth in (50, 101, 152, 200)}
+# the "-NF, +BN" ablation (Table 6), and the twins of our small networks
+NFNET_VARIANTS = {
+    f"bn_{name}": replace(nfnet.VARIANTS[name], published=published)
+    for name, published in {
+        "nfnet_f0": "83.4 % (paper)",
+        "nfnet_f1": "84.4 % (paper)",
+        "nfnet_f2": "85.1 % (paper)",
+        "nfnet_f3": "85.5 % (paper)",
+        "nfnet_nano": "",
+        "nfnet_micro": "",
+    }.items()
 }
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(Conv2d):
     """2-D convolution without bias, with TensorFlow's 'SAME' padding and haiku's default initialisation."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
+        super().__init__(in_channels, out_channels, kernel_size, stride, "same", groups=groups, bias=False)
 
     def reset_parameters(self) -> None:
         """Normal of variance 1 / fan-in, truncated at two standard deviations."""
         init_normal_(self.weight, self.weight[0].numel() ** -0.5, truncated=True)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-        stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
-        return conv2d_same(input, self.weight, None, stride, self.groups, dilation=dilation)
 
 
 class BNAct(nn.Module):
@@ -163,22 +111,15 @@ class BNResNet(Network):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", SameConv2d(in_channels, channels, 7, 2))
         self.stem.add_module("pool", MaxPool())
-        self.feature_tap = "stem.conv"
-        taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
-        self.stages = nn.Sequential()
-        for stage in range(4):
-            blocks = Stage()
-            for i in range(depth[stage]):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(BNResBlock(channels, width[stage], stride, projects=i == 0, activation=activation))
-                channels = width[stage]
-            self.stages.append(blocks)
-            taps.append(dict(num_chs=channels, reduction=4 * 2**stage, module=f"stages.{stage}"))
-        self.feature_info = FeatureInfo(taps)
+        stages = [Stage() for _ in range(4)]
+        for stage, i, _, _ in block_schedule(depth):
+            stride = 2 if stage > 0 and i == 0 else 1
+            stages[stage].append(BNResBlock(channels, width[stage], stride, projects=i == 0, activation=activation))
+            channels = width[stage]
+        self.stages = nn.Sequential(*stages)
         self.final_conv = nn.Identity()
         self.act = BNAct(channels, activation)
-        head = ClassifierHead(channels, num_classes, drop_rate, global_pool, std=0.0)
-        self._finish(num_classes, in_channels, channels, head, features_only, out_indices)
+        self._finish(num_classes, in_channels, drop_rate, global_pool, features_only, out_indices, std=0.0)
 
 
 class BNNFNetBlock(Block):
@@ -255,28 +196,18 @@ class BNNFNet(Network):
         check_rates(drop_rate=drop_rate, stochastic_depth=stochastic_depth)
         check_stem(stem_channels, stem_strides)
         self.stem = nn.Sequential()
-        channels, reduction = in_channels, math.prod(stem_strides)
+        channels = in_channels
         for i, (out, stride) in enumerate(zip((*stem_channels, width[0] // 2), stem_strides, strict=True)):
             if i:
                 self.stem.add_module(f"act{i}", BNAct(channels, activation))
             self.stem.add_module(f"conv{i}", SameConv2d(channels, out, 3, stride))
             channels = out
-        self.feature_tap = f"stem.conv{len(stem_channels) - 1}"
-        taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
-        self.stages = nn.Sequential()
-        index = 0
-        for stage in range(4):
-            blocks = Stage()
-            for i in range(depth[stage]):
-                stride = 2 if stage > 0 and i == 0 else 1
-                rate = stochastic_depth * index / sum(depth)
-                blocks.append(BNNFNetBlock(channels, width[stage], group_width, stride, activation, rate))
-                channels, index = width[stage], index + 1
-            self.stages.append(blocks)
-            taps.append(dict(num_chs=channels, reduction=reduction * 2**stage, module=f"stages.{stage}"))
-        taps[-1] |= dict(num_chs=2 * channels, module="final_conv")
-        self.feature_info = FeatureInfo(taps)
+        stages = [Stage() for _ in range(4)]
+        for stage, i, _, rate in block_schedule(depth, rate=stochastic_depth):
+            stride = 2 if stage > 0 and i == 0 else 1
+            stages[stage].append(BNNFNetBlock(channels, width[stage], group_width, stride, activation, rate))
+            channels = width[stage]
+        self.stages = nn.Sequential(*stages)
         self.final_conv = SameConv2d(channels, 2 * channels, 1)
         self.act = BNAct(2 * channels, activation)
-        head = ClassifierHead(2 * channels, num_classes, drop_rate, global_pool)
-        self._finish(num_classes, in_channels, 2 * channels, head, features_only, out_indices)
+        self._finish(num_classes, in_channels, drop_rate, global_pool, features_only, out_indices)

@@ -103,6 +103,7 @@ class Block(nn.Module):
     """A residual block: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
 
     stride: int
+    act: Activation
     conv_shortcut: nn.Module | None  # None: the shortcut is the identity
     skip_init: float | None = None  # first value of the SkipInit gain, where there is one
 
@@ -118,6 +119,12 @@ class Block(nn.Module):
         """The block's own: the SkipInit gain."""
         if self.skip_init is not None:
             nn.init.constant_(cast(Tensor, self.skip_gain), self.skip_init)
+
+    def _shortcut(self, x: Tensor, pools: bool) -> Tensor:
+        """x, or its projection; `pools`: after a 2x2 mean."""
+        if self.conv_shortcut is None:
+            return x
+        return self.conv_shortcut(same_avg_pool(self.act(x))) if pools else convolve(self.conv_shortcut, x, self.act)
 
     def branch(self, x: Tensor) -> Tensor:
         """The end of the residual branch: after squeeze-excite, before stochastic depth, SkipInit gain and α."""
@@ -139,6 +146,8 @@ def conv_macs(layer: nn.Module, side: int) -> int:
 
 class MaxPool(nn.Module):
     """3x3 maximum with stride 2; `padding` "same" as TensorFlow places it, or "symmetric" as PyTorch does."""
+
+    stride = (2, 2)
 
     def __init__(self, padding: str = "same"):
         super().__init__()
@@ -234,7 +243,6 @@ class Network(nn.Module):
     act: nn.Module
     head: ClassifierHead
     feature_info: FeatureInfo
-    feature_tap: str  # name of the stem's layer whose output is feature map 0
     info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
     out_indices: tuple[int, ...] | None = None
     final_norm = False  # whether `act` normalizes
@@ -243,21 +251,31 @@ class Network(nn.Module):
         self,
         num_classes: int,
         in_channels: int,
-        num_features: int,
-        head: ClassifierHead,
+        drop_rate: float,
+        global_pool: str,
         features_only: bool,
         out_indices: Sequence[int] | None,
+        std: float = 0.01,
     ) -> None:
+        """Adds the head, whose weights have the standard deviation `std`, and `feature_info`."""
+        convs = [place for place, layer in enumerate(self.stem) if isinstance(layer, nn.Conv2d)]
+        self._stem_tap = convs[-2:][0]  # the layer whose output is feature map 0
+        rows, reduction = [], 1
+        for place, (name, layer) in enumerate(cast(Any, self.stem).named_children()):
+            reduction *= getattr(layer, "stride", (1, 1))[0]
+            if place == self._stem_tap:
+                rows.append(dict(num_chs=layer.out_channels, reduction=reduction, module=f"stem.{name}"))
+        for i, stage in enumerate(cast(Any, self.stages)):
+            reduction *= stage[0].stride
+            rows.append(dict(num_chs=stage[-1].conv2.out_channels, reduction=reduction, module=f"stages.{i}"))
+        if isinstance(self.final_conv, nn.Conv2d):
+            rows[-1] |= dict(num_chs=self.final_conv.out_channels, module="final_conv")
+        self.feature_info = FeatureInfo(rows)
         self.num_classes, self.in_channels = num_classes, in_channels
-        self.num_features = self.head_hidden_size = num_features
-        self.head = head
+        self.num_features = self.head_hidden_size = rows[-1]["num_chs"]
+        self.head = ClassifierHead(self.num_features, num_classes, drop_rate, global_pool, std)
         if features_only:
             self._select_features(range(5) if out_indices is None else out_indices)
-
-    @property
-    def _stem_tap(self) -> int:
-        """Its place in `stem`."""
-        return [name for name, _ in self.stem.named_children()].index(self.feature_tap.removeprefix("stem."))
 
     def _select_features(self, indices: int | Sequence[int]) -> None:
         # layers that no requested map needs are removed, so that every remaining parameter has a gradient
@@ -353,7 +371,7 @@ class Network(nn.Module):
         total, side = 0, px
         for layer in self.stem.children():
             if isinstance(layer, nn.Conv2d | MaxPool):
-                side = -(-side // (layer.stride[0] if isinstance(layer, nn.Conv2d) else 2))
+                side = -(-side // layer.stride[0])
                 total += conv_macs(layer, side)
         for block in self.modules():
             if isinstance(block, Block):
@@ -427,8 +445,10 @@ class Network(nn.Module):
             stage.grad_checkpointing = enable
 
 
-def block_schedule(depth: Sequence[int], alpha: float, rate: float) -> Iterator[tuple[int, int, float, float]]:
-    """(stage, index in the stage, β, stochastic-depth rate) of every block of a normalizer-free network.
+def block_schedule(
+    depth: Sequence[int], alpha: float = 0.0, rate: float = 0.0
+) -> Iterator[tuple[int, int, float, float]]:
+    """(stage, index in the stage, β, stochastic-depth rate) of every block of a network.
 
     β is one over the standard deviation of the block's input at initialisation. The variance starts at 1, grows by α²
     per block, and resets after the first block of a stage, whose shortcut is a convolution. Of n blocks, block i is

@@ -12,15 +12,12 @@ from normfree.config import Four
 from normfree.layers import Activation, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
-    ClassifierHead,
-    FeatureInfo,
     Network,
     Stage,
     block_schedule,
     check_four,
     check_padding,
     check_rates,
-    same_avg_pool,
 )
 
 
@@ -87,11 +84,7 @@ class NFRegBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-        shortcut = x
-        if self.conv_shortcut is not None and self.stride > 1:
-            shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
-        elif self.conv_shortcut is not None:
-            shortcut = convolve(self.conv_shortcut, x, self.act)
+        shortcut = self._shortcut(x, pools=self.stride > 1)
         out = self._gated(x)
         scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
         out = convolve(self.conv2, out, self.act, scale)
@@ -154,8 +147,6 @@ class NFRegNet(Network):
         channels = width[0]
         self.stem = nn.Sequential()
         self.stem.add_module("conv", conv(in_channels, channels, 3, 2, input_scale=outer_scale))
-        self.feature_tap = "stem.conv"
-        taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
         stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
@@ -178,11 +169,6 @@ class NFRegNet(Network):
             )
             stages[stage].append(block)
             channels = width[stage]
-        final = final_width or 1280 * channels // 440
         self.stages = nn.Sequential(*stages)
-        taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
-        taps[-1] |= dict(num_chs=final, module="final_conv")
-        self.feature_info = FeatureInfo(taps)
-        self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
-        head = ClassifierHead(final, num_classes, drop_rate, global_pool, std=0.0)
-        self._finish(num_classes, in_channels, final, head, features_only, out_indices)
+        self.final_conv = conv(channels, final_width or 1280 * channels // 440, 1, input_scale=outer_scale)
+        self._finish(num_classes, in_channels, drop_rate, global_pool, features_only, out_indices, std=0.0)

@@ -13,8 +13,6 @@ from normfree.config import Four
 from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
-    ClassifierHead,
-    FeatureInfo,
     MaxPool,
     Network,
     Stage,
@@ -22,7 +20,6 @@ from normfree.models.network import (
     check_four,
     check_padding,
     check_rates,
-    same_avg_pool,
 )
 
 
@@ -87,11 +84,7 @@ class NFResBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-        shortcut = x
-        if self.conv_shortcut is not None and self.pools:
-            shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
-        elif self.conv_shortcut is not None:
-            shortcut = convolve(self.conv_shortcut, x, self.act)
+        shortcut = self._shortcut(x, self.pools)
         out = convolve(self.conv1, convolve(self.conv0, x, self.act), self.act)
         scale = self.alpha if self.skip_gain is None else self.skip_gain * self.alpha
         if self.se is not None:
@@ -153,8 +146,6 @@ class NFResNet(Network):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", conv(in_channels, channels, 7, 2, input_scale=outer_scale))
         self.stem.add_module("pool", MaxPool(padding))
-        self.feature_tap = "stem.conv"
-        taps = [dict(num_chs=channels, reduction=2, module=self.feature_tap)]
 
         stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
@@ -176,8 +167,5 @@ class NFResNet(Network):
             stages[stage].append(block)
             channels = width[stage]
         self.stages = nn.Sequential(*stages)
-        taps += [dict(num_chs=width[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)]
-        self.feature_info = FeatureInfo(taps)
         self.final_conv = nn.Identity()
-        head = ClassifierHead(channels, num_classes, drop_rate, global_pool)
-        self._finish(num_classes, in_channels, channels, head, features_only, out_indices)
+        self._finish(num_classes, in_channels, drop_rate, global_pool, features_only, out_indices)

@@ -13,8 +13,6 @@ from normfree.config import Four
 from normfree.layers import Activation, EfficientChannelAttention, SqueezeExcite, StochasticDepth, WSConv2d, convolve
 from normfree.models.network import (
     Block,
-    ClassifierHead,
-    FeatureInfo,
     Network,
     Stage,
     Stem,
@@ -23,7 +21,6 @@ from normfree.models.network import (
     check_padding,
     check_rates,
     check_stem,
-    same_avg_pool,
 )
 
 
@@ -58,7 +55,7 @@ VARIANTS |= {
 }
 # Ours, sized for CPUs: 28 to 64 px and 64 to 128 px. They start with open branches: a run of a few thousand steps is
 # over before AGC, which holds a parameter at 0 to gradients of λ * ε, has let the SkipInit gains grow (docs/log.md).
-SMALL_VARIANTS: dict[str, Variant] = {
+VARIANTS |= {
     "nfnet_nano": Variant(
         (1, 2, 3, 1), 0.1, 32, 32, (64, 128, 256, 256), 128, stem_channels=(16,), stem_strides=(1, 2), skip_init=1.0
     ),
@@ -74,7 +71,6 @@ SMALL_VARIANTS: dict[str, Variant] = {
         skip_init=1.0,
     ),
 }
-VARIANTS |= SMALL_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -145,11 +141,7 @@ class NFBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-        shortcut = x
-        if self.conv_shortcut is not None and self.stride > 1:
-            shortcut = self.conv_shortcut(same_avg_pool(self.act(x)))
-        elif self.conv_shortcut is not None:
-            shortcut = convolve(self.conv_shortcut, x, self.act)
+        shortcut = self._shortcut(x, pools=self.stride > 1)
         out = self._convolve(x)
         scale = 2 * self.alpha if self.skip_gain is None else self.skip_gain * (2 * self.alpha)
         return functional.gated_sum(shortcut, out, self.stochastic_depth(self.se(out) * scale))
@@ -231,14 +223,12 @@ class NFNet(Network):
         conv = partial(WSConv2d, padding=padding, eps=ws_eps)
 
         self.stem = Stem()
-        channels, reduction = in_channels, 1
+        channels = in_channels
         for i, (out, stride) in enumerate(zip((*stem_channels, width[0] // 2), stem_strides, strict=True)):
             if i:
                 self.stem.add_module(f"act{i}", Activation(activation))
             self.stem.add_module(f"conv{i}", conv(channels, out, 3, stride, input_scale=gamma if i else outer_scale))
-            channels, reduction = out, reduction * stride
-        self.feature_tap = f"stem.conv{len(stem_channels) - 1}"  # the convolution before the last
-        taps = [dict(num_chs=stem_channels[-1], reduction=reduction // stem_strides[-1], module=self.feature_tap)]
+            channels = out
 
         stages = [Stage() for _ in range(4)]
         for stage, i, beta, rate in block_schedule(depth, alpha, stochastic_depth):
@@ -266,10 +256,5 @@ class NFNet(Network):
             )
             channels = width[stage]
         self.stages = nn.Sequential(*stages)
-        taps += [dict(num_chs=width[i], reduction=reduction * 2**i, module=f"stages.{i}") for i in range(4)]
-        final = final_width or 2 * channels
-        taps[-1] |= dict(num_chs=final, module="final_conv")
-        self.feature_info = FeatureInfo(taps)
-        self.final_conv = conv(channels, final, 1, input_scale=outer_scale)
-        head = ClassifierHead(final, num_classes, drop_rate, global_pool)
-        self._finish(num_classes, in_channels, final, head, features_only, out_indices)
+        self.final_conv = conv(channels, final_width or 2 * channels, 1, input_scale=outer_scale)
+        self._finish(num_classes, in_channels, drop_rate, global_pool, features_only, out_indices)
