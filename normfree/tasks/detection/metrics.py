@@ -44,7 +44,7 @@ def as_results(detections: Mapping[str, Tensor], image_id: int, size: tuple[int,
 
     `category_id` is the label, 1 to K; `segmentation` is there if the detections have masks.
     """
-    boxes = detections["boxes"].double().cpu()
+    boxes = detections["boxes"].cpu().double()  # MPS has no float64
     rows = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     found = zip(detections["labels"].tolist(), rows, detections["scores"].tolist(), strict=True)
     results = [{"image_id": image_id, "category_id": k, "bbox": box, "score": score} for k, box, score in found]
