@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from normfree.data.coco import open_detection
 from normfree.errors import InputError
 from normfree.tasks.detection import draw as pictures
 from normfree.tasks.detection import metrics
@@ -467,3 +469,40 @@ def test_ground_truth_is_beside_the_prediction():
     assert np.array_equal(np.asarray(both)[-700:, :700], np.asarray(draw(blank(), **truth, class_names=NAMES)))
     none = {name: value[:0] for name, value in found.items()}
     side_by_side(blank(), none, none, NAMES)
+
+
+def make_scenes(monkeypatch, out: Path, *options: object) -> dict[str, bytes]:
+    script = str(Path(__file__).parents[1] / "experiments" / "detection" / "scenes.py")
+    monkeypatch.setattr(sys, "argv", [script, str(out), "--px", "96", *map(str, options)])
+    runpy.run_path(script, run_name="__main__")
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.*")}
+
+
+def test_scenes_are_a_function_of_the_seed(monkeypatch, tmp_path):
+    first = make_scenes(monkeypatch, tmp_path / "a", "--images", 3, "--validation", 2)
+    assert len(first) == 3 + 2 + 2
+    assert make_scenes(monkeypatch, tmp_path / "b", "--images", 3, "--validation", 2) == first
+    longer = make_scenes(monkeypatch, tmp_path / "c", "--images", 4, "--validation", 1)
+    assert all(longer[name] == first[name] for name in longer.keys() & first.keys() if name.endswith("jpg"))
+    other = make_scenes(monkeypatch, tmp_path / "d", "--images", 3, "--validation", 2, "--seed", 1)
+    assert all(other[name] != first[name] for name in first)
+    assert first["train/00001.jpg"] != first["val/00001.jpg"]
+
+
+def test_scenes_have_exact_boxes_and_masks_of_what_is_visible(monkeypatch, tmp_path):
+    make_scenes(monkeypatch, tmp_path / "a", "--images", 12, "--validation", 1)
+    with open(tmp_path / "a" / "annotations" / "instances_train.json") as file:
+        truth = json.load(file)
+    for image in truth["images"]:
+        rows = [row for row in truth["annotations"] if row["image_id"] == image["id"]]
+        masks = reference_mask.decode([row["segmentation"] for row in rows])
+        assert masks.shape == (96, 96, len(rows))
+        assert masks.sum(2).max() == 1  # what is hidden is in no mask
+        for row in rows:
+            assert row["bbox"] == reference_mask.toBbox(row["segmentation"]).tolist()
+            assert row["area"] == reference_mask.area(row["segmentation"]) > 20
+    counts = [sum(row["image_id"] == image["id"] for row in truth["annotations"]) for image in truth["images"]]
+    assert min(counts) >= 1
+    assert max(counts) <= 8
+    train, validation = open_detection(str(tmp_path / "a"))
+    assert (len(train), len(validation), len(train.class_names), train.has_masks) == (12, 1, 12, True)
