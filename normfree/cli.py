@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import MAX_WORKERS, ClassificationRun, load_config, options_of
+from normfree.config import MAX_WORKERS, ClassificationRun, DetectionRun, load_config, options_of
 from normfree.errors import InputError, check_range, nearest, quoted
 from normfree.files import check_writable
 
@@ -33,6 +34,9 @@ Image networks without normalization layers.
   train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
   eval WEIGHTS DATA       accuracy of a weight file, in total and per class
   predict WEIGHTS PATH... labels for images and folders of images
+  detect train DATA       train a detector: Mask R-CNN on COCO annotations, or boxes alone
+  detect eval WEIGHTS DATA    average precision of a detector, in total, by size and per class
+  detect predict WEIGHTS PATH...  boxes, masks and scores for images and folders, and pictures of them
   convert IN OUT          weights of the authors, of timm and of the Hub to ours, and back
   data check DATA         read every image: what is broken, odd, there twice, in training and validation
   data pack DATA OUT      the images as tar shards, for large data sets and slow disks
@@ -58,35 +62,76 @@ class Train:
     """Run folder to create; None: runs/DATA-MODEL-1, or the next free number."""
 
 
-def train(args: Sequence[str]) -> None:
-    options: Train = parse(Train, "train", args)
-    from normfree.engine.device import keep_freed_memory
-    from normfree.tasks import classification
-    from normfree.tasks.choice import choose_recipe
+@dataclass(frozen=True)
+class TrainDetector:
+    """Train a detector, Mask R-CNN on a normalizer-free network, with COCO annotations."""
 
-    keep_freed_memory()
-    given = given_options(args)
-    if options.resume is not None:
-        folder = Path(options.resume)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
-        if given & {"recipe", "out"}:
-            raise InputError(f"--resume {folder} continues a run as it is, in its folder: leave out --recipe and --out")
-        run = parse(Train, "train", args, replace(options, run=load_config(folder / "config.json"))).run
-        outcome = classification.resume(folder, run)
-    else:
-        values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
-        run, reasons = choose_recipe(options.recipe, values)
-        out = None if options.out is None else Path(options.out)
-        outcome = classification.start(run, out, [reason.text for reason in reasons])
-    folder = outcome.folder
-    best = folder / "best.safetensors"
+    run: DetectionRun = field(default_factory=DetectionRun)
+    recipe: str | None = None
+    """Recipe that the defaults come from, such as coco_nfnet_f0 or detect_small; None: they are chosen for the images
+    and the machine, with reasons."""
+    resume: str | None = None
+    """Run folder to continue, from its last checkpoint."""
+    out: str | None = None
+    """Run folder to create; None: runs/DATA-BACKBONE-1, or the next free number."""
+
+
+def train(args: Sequence[str]) -> None:
+    run, outcome = _train(Train, "train", args, "normfree.tasks.classification", "normfree.tasks.choice")
+    from normfree.tasks.classification import evaluation_command
+
+    best = outcome.folder / "best.safetensors"
     metric, what = ("balanced", "mean over classes") if "balanced" in outcome.last else ("top1", "top-1")
     end, best_epoch = outcome.last[metric], f"epoch {outcome.best_epoch:.3g}"
     print(f"validation {what} {end:.2f} % at the end, {outcome.best:.2f} % at best ({best_epoch})")
-    print(f"weights          {best} and {folder / 'last.safetensors'}")
-    print(f"predict          normfree predict {quoted(best)} IMAGE_OR_FOLDER ...")
-    print(f"evaluate         {classification.evaluation_command(run, best)}")
+    _say_next(outcome, f"predict {quoted(best)} IMAGE_OR_FOLDER ...", evaluation_command(run, best))
+
+
+def detect_train(args: Sequence[str]) -> None:
+    """Trains a detector."""
+    modules = "normfree.tasks.detection.task", "normfree.tasks.detection.choice"
+    run, outcome = _train(TrainDetector, "detect train", args, *modules)
+    best = outcome.folder / "best.safetensors"
+    metric = "mask_ap" if "mask_ap" in outcome.last else "box_ap"
+    figures = [f"{name.replace('_', ' ').replace('ap', 'AP')} {100 * v:.2f} %" for name, v in outcome.last.items()]
+    kept = [figure for figure in figures if figure.split()[1] in ("AP", "AP50")]
+    at_best = f"{100 * outcome.best:.2f} % {metric.replace('_', ' ').replace('ap', 'AP')}"
+    print(f"validation {', '.join(kept)} at the end; {at_best} at best (epoch {outcome.best_epoch:.3g})")
+    predict = f"detect predict {quoted(best)} IMAGE_OR_FOLDER ... --pictures FOLDER"
+    _say_next(outcome, predict, f"normfree detect eval {quoted(best)} {quoted(run.data.path)}")
+    print(f"pictures         {outcome.folder / 'pictures'}")
+
+
+def _train(
+    target: type[Train | TrainDetector], verb: str, args: Sequence[str], task_module: str, choice_module: str
+) -> tuple[Any, Any]:
+    """Trains as the options of `target` say; returns the run and its outcome."""
+    options: Any = parse(target, verb, args)
+    task, choice = importlib.import_module(task_module), importlib.import_module(choice_module)
+    from normfree.engine.device import keep_freed_memory
+
+    keep_freed_memory()
+    given = given_options(args)
+    if options.resume is None:
+        values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
+        run, reasons = choice.choose_recipe(options.recipe, values)
+        out = None if options.out is None else Path(options.out)
+        return run, task.start(run, out, [reason.text for reason in reasons])
+    folder = Path(options.resume)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
+    if given & {"recipe", "out"}:
+        raise InputError(f"--resume {folder} continues a run as it is, in its folder: leave out --recipe and --out")
+    saved = load_config(folder / "config.json", type(options.run))
+    run = parse(target, verb, args, replace(options, run=saved)).run
+    return run, task.resume(folder, run)
+
+
+def _say_next(outcome: Any, predict: str, evaluate: str) -> None:
+    folder = outcome.folder
+    print(f"weights          {folder / 'best.safetensors'} and {folder / 'last.safetensors'}")
+    print(f"predict          normfree {predict}")
+    print(f"evaluate         {evaluate}")
     print(f"curves           tensorboard --logdir {quoted(folder)}")
 
 
@@ -152,6 +197,34 @@ def predict(
     from normfree.deploy.predict import write_predictions
 
     write_predictions(weights, paths, out, top, device, workers)
+
+
+def detect_eval(
+    weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
+    data: Annotated[str, Positional, arg(metavar="DATA")],
+    device: str | None = None,
+    workers: int | None = None,
+    out: str | None = None,
+    results: str | None = None,
+) -> None:
+    """Average precision and losses of a detector on annotated images: the validation images, or those of one file.
+
+    Args:
+        weights: Weight file of a detector, or its run folder.
+        data: Folder with COCO annotations beside its images, a Roboflow export or Pascal VOC, or one COCO file (.json).
+        device: cuda, mps or cpu; None: the first that is there.
+        workers: Processes that read images; None: one less than the cores.
+        out: File to write all figures to, as JSON.
+        results: File to write the detections to, in COCO's format for results (.json).
+    """
+    from normfree.tasks.detection.evaluation import evaluate_weights
+
+    found = evaluate_weights(weights, data, device, workers, out, results)
+    for line in found.unreadable:
+        print(f"warning: not counted: {line}", file=sys.stderr)
+    losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in found.losses.items())
+    print(*found.lines(), sep="\n")
+    print(f"{len(found.counts)} images, {len(found.results)} detections; {losses}")
 
 
 def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") -> None:
@@ -296,6 +369,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": verb("eval", evaluate),
     "predict": verb("predict", predict),
+    "detect train": detect_train,
+    "detect eval": verb("detect eval", detect_eval),
     "data check": verb("data check", check_data),
     "data pack": verb("data pack", pack_data),
     "models": verb("models", models),
@@ -400,10 +475,10 @@ def _run(args: Sequence[str]) -> None:
 
         print(f"normfree {package_version()}, torch {version('torch')}\nkernels {status()}")
         return
-    words = 2 if args[0] == "data" else 1
+    words = 2 if args[0] in ("data", "detect") else 1
     name = " ".join(args[:words])
-    if name in ("data -h", "data --help"):
-        print(*(line for line in HELP.splitlines() if line.startswith("  data ")), sep="\n")
+    if words == 2 and args[1:2] in (["-h"], ["--help"]):
+        print(*(line for line in HELP.splitlines() if line.startswith(f"  {args[0]} ")), sep="\n")
         return
     if name not in VERBS:
         raise InputError(f"no verb {name!r}{nearest(name, VERBS)}; there are {', '.join(VERBS)}")

@@ -224,7 +224,7 @@ def evaluate(
     return result
 
 
-def pick_workers(workers: int | None, images: LabelledImages) -> int:
+def pick_workers(workers: int | None, images: Samples) -> int:
     """Number of reading processes: 0 for images in memory; otherwise one core is left to the network."""
     if workers is not None:
         return workers

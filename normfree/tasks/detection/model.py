@@ -123,19 +123,19 @@ class Detector(MaskRCNN):
             module.register_forward_hook(_in_float32)
 
     def forward(self, images: Images, targets: Targets | None = None, resized: bool = False) -> Any:
-        """torchvision's convention: in training the losses by name, else the detections of every image.
+        """With targets, in either mode, the losses by name; in evaluation without them the detections of every image.
 
         Detections are dictionaries of `boxes` (N, 4) in pixels of the given image, `labels` (N,) in 1 .. num_classes,
-        `scores` (N,), and `masks` (N, 1, h, w) with probabilities. `resized`: the images, of training, have the right
-        size already.
+        `scores` (N,), and `masks` (N, 1, h, w) with probabilities. `resized`: images with targets have the right size
+        already.
         """
-        if self.training:
-            if targets is None:
-                raise InputError("training needs targets")
+        if targets is not None:
             batch, checked = self._batch(images, targets, resized)
             return self._losses(self.backbone(batch.tensors), batch, checked)
-        if targets is not None or resized:
-            raise InputError("evaluation takes images alone; losses() or detect() take targets and resized images")
+        if self.training:
+            raise InputError("training needs targets")
+        if resized:
+            raise InputError("resized images need targets, or detect(), which is told their original sizes")
         found, _ = self.detect(images)
         if self.masks:
             for image, each in zip(images, found, strict=True):

@@ -1,0 +1,173 @@
+"""Detection: recipes for COCO, and the choice of what `normfree detect train DATA` is not given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from normfree.config import DetectionData, DetectionRun, DetectorConfig, OptimConfig, spell, with_options
+from normfree.errors import InputError
+from normfree.recipes.small import Given, Reason
+
+MINUTES = 30  # length of a run on a CPU
+LEAST_EPOCHS, MOST_EPOCHS = 3, 200
+SEEN = 20_000  # images of a run, where there is time
+EVALUATIONS = 8
+BACKBONES = (*(f"nfnet_f{size}" for size in range(5)), "nf_resnet50", "bn_resnet50")
+
+
+def one_x(backbone: str, path: str) -> DetectionRun:
+    """Mask R-CNN on COCO 2017 for about 90,000 steps of 16 images, the field's 1x schedule.
+
+    Source: paper, section 6.3, which gives no numbers that we could obtain; detectron2's 1x schedule for batch,
+    length, pixels and learning rate, with a cosine in place of the steps, and AGC's λ for 16 images by the rule of
+    `recipes.imagenet`. BN backbones train without AGC and need many images on a device: that is the point.
+    Command: `normfree detect train COCO --recipe coco_nfnet_f0 --init F0_haiku.npz`.
+    Cost: 12.3 epochs of 118,287 images at 800 px.
+    Expected: with ResNet-50 and frozen BN, box AP 38.6 and mask AP 35.2 (published by detectron2); not reproduced.
+    """
+    norm = backbone.startswith("bn_")
+    return DetectionRun(
+        DetectionData(path, px=800, max_px=1333),
+        DetectorConfig(backbone),
+        OptimConfig(
+            epochs=12.3,
+            batch_size=16,
+            lr=0.02,
+            warmup_epochs=0.14,
+            weight_decay=1e-4 if norm else 2e-5,
+            clip="none" if norm else "agc",
+            clipping=None if norm else 0.08,
+        ),
+        precision="bfloat16",
+    )
+
+
+def small(path: str) -> DetectionRun:
+    """A light detector for small data sets, in minutes on a CPU.
+
+    Source: our measurements on penn-fudan, docs/detection.md.
+    Command: `normfree detect train DATA --recipe detect_small`, or without a recipe, which adapts it to the data.
+    Cost: 102 images at 320 px, 100 epochs: about 30 minutes on two cores.
+    """
+    return DetectionRun(
+        DetectionData(path, px=320, max_px=640, scale=(0.8, 1.25)),
+        DetectorConfig("nfnet_micro", channels=64, anchor_px=16, rois=64),
+        OptimConfig(epochs=100, batch_size=2, lr=0.02, warmup_epochs=2.0, clipping=0.04),
+    )
+
+
+DETECTION_RECIPES: dict[str, Callable[[str], DetectionRun]] = {
+    "detect_small": small,
+    **{f"coco_{name}": partial(one_x, name) for name in BACKBONES},
+}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What the choice needs to know of a data set.
+
+    `short_px`: median short side of the images; `small_px`: the side, as the root of the area, that nine of ten objects
+    exceed, in pixels of the images; `masks`: whether all objects have one.
+    """
+
+    num_train: int
+    num_classes: int
+    num_objects: int
+    short_px: int
+    small_px: float
+    masks: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to be made: device ("cpu", "cuda" or "mps"), and a function that measures images/s of a run."""
+
+    device: str
+    images_per_s: Callable[[DetectionRun], float] | None = None
+
+
+def choose_detection(
+    given: Given, scenes: Scenes, place: Place, implied: Given, base: DetectionRun | None = None
+) -> tuple[DetectionRun, tuple[Reason, ...]]:
+    """The given options, and all others as they suit these, the images and the machine; with the reasons.
+
+    Args:
+        given: options of the run by name, its path among them.
+        implied: options that the weights of --init imply.
+        base: a recipe; None: the rules for data and machine.
+
+    Raises:
+        InputError: two given options contradict each other.
+    """
+    for pair in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if all(given.get(name) is not None for name in pair):
+            raise InputError(f"{' and '.join(spell(name, given[name]) for name in pair)}: give one of them")
+    for name in implied.keys() & given.keys():
+        if implied[name] != given[name]:
+            raise InputError(f"{spell(name, given[name])}: the weights of --init are for {spell(name, implied[name])}")
+    if given.get("masks") and not scenes.masks:
+        raise InputError("--masks needs a mask for each training object, and some have boxes alone")
+    fixed = dict(implied) | dict(given)
+    run = base or small(str(given["path"]))
+    reasons: list[Reason] = []
+
+    def take(text: str | None, **options: Any) -> None:
+        """Sets options that are neither given nor implied."""
+        nonlocal run
+        options = {name: value for name, value in options.items() if name not in fixed}
+        run = with_options(run, options)
+        if options and text:
+            reasons.append(Reason(tuple(options), text))
+
+    run = with_options(run, fixed)
+    if not scenes.masks:
+        take("boxes alone, without a mask head: not every object has a mask", masks=False)
+    if base is None:
+        _network(run, scenes, place, take)
+        _batch(run, place, take)
+    elif run.optim.batch_size != base.optim.batch_size:
+        lr = base.optim.lr * run.optim.batch_size / base.optim.batch_size
+        take(f"learning rate {lr:.3g}, in proportion to the batch", lr=lr)
+    if run.optim.steps is None and base is None:
+        _length(run, scenes, place, take)
+    o = run.optim
+    epochs = o.epochs if o.steps is None else o.steps * o.batch_size / scenes.num_train
+    if o.warmup_steps is None and o.warmup_epochs > 0.1 * epochs:
+        take(None, warmup_epochs=0.1 * epochs)
+    take(None, eval_every=max(1.0, float(round(epochs / EVALUATIONS))))
+    return run, tuple(reasons)
+
+
+def _network(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
+    """Backbone, pixels and anchors: the smallest are half as long as what nine of ten objects exceed."""
+    gpu = place.device == "cuda"
+    px = min(scenes.short_px, 800 if gpu else 320)
+    what = f"images with a short side of {scenes.short_px} px, on {place.device}"
+    take(f"{'nfnet_f0' if gpu else 'nfnet_micro'}: {what}", backbone="nfnet_f0" if gpu else "nfnet_micro")
+    take(f"short side {px} px", px=px, max_px=2 * px)
+    if gpu:
+        take(None, channels=256, rois=512, precision="bfloat16")
+
+
+def _batch(run: DetectionRun, place: Place, take: Callable[..., None]) -> None:
+    """Batch, learning rate, λ."""
+    o = small("").optim
+    take(None, batch_size=8 if place.device == "cuda" else o.batch_size)
+
+
+def _length(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
+    """Epochs: some twenty thousand images, as far as there is time on a CPU."""
+    epochs = round(min(max(LEAST_EPOCHS, SEEN / scenes.num_train), MOST_EPOCHS))
+    text = f"{epochs} epochs: {epochs * scenes.num_train / 1000:.3g} thousand images seen"
+    if place.images_per_s is not None:
+        speed = place.images_per_s(run)
+        allowed = int(0.72 * 60 * MINUTES * speed / scenes.num_train)
+        if allowed < epochs:
+            epochs = max(LEAST_EPOCHS, allowed)
+            text = f"{epochs} epochs: what {MINUTES} minutes allow at {speed:.2g} images/s"
+            if epochs > allowed:
+                text = f"{epochs} epochs, the least that is useful, at {speed:.2g} images/s"
+    take(text, epochs=float(epochs))

@@ -1,0 +1,86 @@
+"""The options of a detection run that the user did not give: `recipes.coco` chooses, from what is measured here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from normfree.config import DetectionRun, with_options
+from normfree.data import look_at
+from normfree.data.coco import DetectionImages, open_detection
+from normfree.engine.device import pick_device
+from normfree.errors import InputError, nearest
+from normfree.models.files import ZOO
+from normfree.native import library
+from normfree.recipes.coco import DETECTION_RECIPES, Place, Scenes, choose_detection
+from normfree.recipes.small import Given, Reason
+from normfree.tasks.detection.task import Detection, detector
+from normfree.weights.read import read
+
+_MEASURED_SECONDS = 15
+
+
+def choose_recipe(name: str | None, given: Given) -> tuple[DetectionRun, tuple[Reason, ...]]:
+    """The run for the `given` options, with all others chosen or from recipe `name`, and the reasons."""
+    if name is not None and name not in DETECTION_RECIPES:
+        raise InputError(f"no recipe {name!r}{nearest(name, DETECTION_RECIPES)}; known: {', '.join(DETECTION_RECIPES)}")
+    loose: dict[str, Any] = {"epochs": math.inf, "warmup_epochs": 0.0, "max_px": 4 * given.get("px", 1024)}
+    loose |= {"lr": max(0.1, given.get("final_lr", 0.0))} | ({"clipping": None} if given.get("clip") == "none" else {})
+    draft = with_options(DetectionRun(), loose | dict(given))  # placeholders that contradict no given option
+    draft.check()
+    data, device = draft.data, pick_device(draft.machine.device)
+    train_set, _ = open_detection(
+        data.path, validation_fraction=data.validation_fraction, seed=draft.seed, strict=data.strict
+    )
+
+    def images_per_s(run: DetectionRun) -> float:
+        print(f"measuring, for {_MEASURED_SECONDS} seconds, how many epochs there is time for ...", file=sys.stderr)
+        with torch.random.fork_rng(devices=[]):
+            return _speed(run, train_set, device)
+
+    place = Place(device.type, images_per_s if device.type == "cpu" else None)
+    base = DETECTION_RECIPES[name](data.path) if name else None
+    return choose_detection(given, _look(train_set), place, _implied(draft.model.init, given), base)
+
+
+def _look(images: DetectionImages) -> Scenes:
+    """What the choice needs to know of the training images."""
+    boxes = np.array([each.box for image in images.annotations for each in image if not each.crowd]).reshape(-1, 4)
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    smallest = float(np.percentile(sides, 10)) if len(sides) else 0.0
+    short_px, _ = look_at(images)
+    return Scenes(len(images), len(images.class_names), len(boxes), short_px, smallest, images.has_masks)
+
+
+def _implied(init: str | None, given: Given) -> dict[str, Any]:
+    """Options of the detector, or of its backbone, in a weight file."""
+    if init is None:
+        return {}
+    info = read(init, ZOO, given.get("backbone")).info
+    if info.architecture != "mask_rcnn":
+        return {"backbone": info.architecture}
+    names = ("backbone", "channels", "standardize", "anchor_px")
+    return {name: info.overrides[name] for name in names if name in info.overrides}
+
+
+def _speed(run: DetectionRun, train_set: DetectionImages, device: torch.device) -> float:
+    """Training throughput on real images, reading included: the mean, so that what other programs take counts."""
+    library()  # compiled before anything is timed
+    task = Detection(detector(run, train_set).to(device), train_set, train_set, run, device)
+    batches = task.read(range(10**6), workers=0)
+    began, count = math.inf, 0
+    for i, batch in enumerate(itertools.chain([next(batches)] * 2, batches)):
+        if i == 2:  # the first passes allocate memory
+            began, count = time.monotonic(), 0
+        task.loss(task.model, batch)["loss"].backward()
+        task.model.zero_grad(set_to_none=True)
+        count += len(batch.images)
+        if time.monotonic() - began > _MEASURED_SECONDS:
+            break
+    return count / (time.monotonic() - began)
