@@ -1,15 +1,21 @@
-"""Annotations of objects, as COCO and Pascal VOC store them, read with every problem counted and named."""
+"""Annotations of objects, as COCO and Pascal VOC store them: found, and read with every problem counted and named."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import re
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
+
+import numpy as np
 
 from normfree.data.splits import class_key, role_of
 from normfree.errors import InputError, one_line
@@ -17,6 +23,14 @@ from normfree.errors import InputError, one_line
 Segmentation = list[Sequence[float]] | dict[str, Any]  # polygons x, y, x, y, ...; or RLE with `counts` as a string
 Problems = dict[str, list[str]]  # kind -> lines
 
+_PATTERNS = (  # of the annotation files of a folder; the first pattern that any file matches counts
+    "annotations/instances_*.json",
+    "*/_annotations.coco.json",
+    "instances_*.json",
+    "_annotations.coco.json",
+    "annotations/*.json",
+    "annotations.json",
+)
 _LEAST_PX = 1e-3  # thinner boxes have no area in float32
 _SLACK_PX = 0.5  # boxes may exceed their image by rounding
 _BROKEN = "annotations whose mask cannot be used"
@@ -30,6 +44,71 @@ class Annotation(NamedTuple):
     segmentation: Segmentation | None
     crowd: bool
     area: float
+
+
+class Source(NamedTuple):
+    """Annotations that have been found: their file or folder, and the folders in which their images may be."""
+
+    path: Path
+    load: Callable[[], dict[str, Any]]
+    folders: list[Path]
+
+
+def find_annotations(spec: str) -> dict[str, Source]:
+    """The annotations of a data set by split; "" if no split is named."""
+    path = Path(os.path.expanduser(spec))
+    if path.is_file():
+        words = ("val", "valid", "validation") if _role(path) == "train" else ()
+        beside = (path.with_name(re.sub("(?i)(?<![a-z])train(ing)?(?![a-z])", word, path.name)) for word in words)
+        files = [path, *[file for file in beside if file.is_file()][:1]]
+        return {role: _json_source(file) for role, file in zip(("train", "validation"), files, strict=False)}
+    if files := json_files(path):
+        by_role: dict[str, Path] = {}
+        named = [file for file in files if _role(file)] or files
+        for file in named:
+            if (other := by_role.setdefault(_role(file), file)) != file:
+                raise InputError(f"{spec} has {other.name} and {file.name} for one split: give the path of one of them")
+        return {role: _json_source(file) for role, file in by_role.items()}
+    folders = voc_folders(path)
+    if len(folders) > 1:
+        raise InputError(f"{spec} has {' and '.join(folder.name for folder in folders)}: give the path of one of them")
+    if folders:
+        return {
+            role: Source(folders[0], partial(dict, data), [folders[0] / "JPEGImages"])
+            for role, data in load_voc(folders[0]).items()
+        }
+    if not path.exists():
+        raise InputError(f"{spec} does not exist: give a folder of images with COCO or Pascal VOC annotations")
+    known = "annotations/instances_train.json, train/_annotations.coco.json or Annotations/*.xml"
+    raise InputError(f"{spec} has no annotations of objects: neither {known}; or give the JSON file itself")
+
+
+def json_files(folder: Path) -> list[Path]:
+    return next((files for pattern in _PATTERNS if (files := sorted(folder.glob(pattern)))), [])
+
+
+def voc_folders(path: Path) -> list[Path]:
+    folders = [path, *sorted(path.glob("VOC2*")), *sorted(path.glob("VOCdevkit/VOC2*"))]
+    return [f for f in folders if (f / "JPEGImages").is_dir() and next((f / "Annotations").glob("*.xml"), None)]
+
+
+def _role(path: Path) -> str:
+    """The split that the name of a file or folder says, "" if none; Roboflow's file is named by its folder."""
+    name = path.parent.name if path.name.startswith("_annotations") else path.name
+    return next((role for word in re.findall("[a-z]+", name.lower()) if (role := role_of(word))), "")
+
+
+def _json_source(path: Path) -> Source:
+    base = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
+    likely, role = path.stem.removeprefix("instances_"), _role(path)
+    below = [base]
+    for folder in (base, base / "images"):
+        with contextlib.suppress(OSError):
+            below += sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    # never those of another split, which may have images of the same names
+    own = [folder for folder in below if folder == base or not _role(folder) or not role or _role(folder) == role]
+    own.sort(key=lambda f: (f.name != likely, f == base or not role or _role(f) != role, f.name != "images", f != base))
+    return Source(path, partial(load_json, path), own)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -288,6 +367,13 @@ def as_rle(segmentation: Segmentation, width: int, height: int) -> dict[str, Any
         return segmentation
     parts = mask.frPyObjects([list(polygon) for polygon in segmentation], height, width)
     return mask.merge(parts)  # type: ignore
+
+
+def as_pixels(segmentation: Segmentation, width: int, height: int) -> np.ndarray:
+    """The mask of an object, (height, width) uint8, 0 and 1."""
+    from faster_coco_eval.core import mask
+
+    return mask.decode(as_rle(segmentation, width, height))
 
 
 def mask_area(segmentation: Segmentation, picture: Picture) -> int:

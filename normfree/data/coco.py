@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,25 +20,24 @@ from normfree.data.annotations import (
     Annotation,
     Picture,
     Problems,
-    as_rle,
-    load_json,
-    load_voc,
+    Source,
+    as_pixels,
+    find_annotations,
+    json_files,
     read_annotations,
     read_categories,
+    voc_folders,
 )
 from normfree.data.images import FolderImages, UnreadableImage, _Wrapper, open_image
 from normfree.data.loader import ordered_batches, stream_batches
-from normfree.data.splits import class_key, hold_out, role_of
+from normfree.data.splits import class_key, hold_out
 from normfree.errors import InputError, nearest
 
-_PATTERNS = (  # of the annotation files of a folder; the first pattern that any file matches counts
-    "annotations/instances_*.json",
-    "*/_annotations.coco.json",
-    "instances_*.json",
-    "_annotations.coco.json",
-    "annotations/*.json",
-    "annotations.json",
-)
+_MISSING = "images without a file (left out)"
+_UNREADABLE = "files that cannot be read"
+_OTHER_SIZE = "files whose size is not that in the annotations"
+FILE_PROBLEMS = (_MISSING, _UNREADABLE, _OTHER_SIZE)
+"""Kinds of `problems` whose images cannot be used; their lines are "name: reason"."""
 _MOST_HEADERS = 5000  # images whose files are compared with the annotations when a data set is opened
 _MEAN_COLOR = [124, 116, 104]  # of ImageNet: padding is nearly 0 once it is normalized
 _ORIENTATION = 0x0112  # EXIF tag
@@ -124,14 +122,17 @@ class DetectionImages(_Wrapper):
         boxes = torch.tensor([a.box for a in objects], dtype=torch.float32).reshape(-1, 4)
         found = {"boxes": boxes, "labels": torch.tensor([a.label for a in objects], dtype=torch.int64)}
         if masks:
-            from faster_coco_eval.core import mask
-
             width, height = self.sizes[index]
-            rles = [as_rle(a.segmentation, width, height) for a in objects if a.segmentation is not None]
-            assert len(rles) == len(objects), f"{self.name(index)} has boxes without masks"
-            pixels = mask.decode(rles) if rles else np.zeros((height, width, 0), dtype=np.uint8)
-            found["masks"] = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+            empty = torch.zeros((0, height, width), dtype=torch.uint8)
+            found["masks"] = torch.cat([empty, *(mask[None] for mask in self.each_mask(index))])
         return found
+
+    def each_mask(self, index: int) -> Iterator[Tensor]:
+        """The masks of `target`, (H, W), one at a time: all of them may be too large for the memory."""
+        for a in self.annotations[index]:
+            if not a.crowd:
+                assert a.segmentation is not None, f"{self.name(index)} has a box without a mask"
+                yield torch.from_numpy(as_pixels(a.segmentation, *self.sizes[index]))
 
     def ground_truth(self) -> dict[str, Any]:
         """All objects, crowds too, as a COCO file would hold them, for metrics.
@@ -166,7 +167,7 @@ def is_detection(spec: str) -> bool:
     """Whether `spec` is a JSON file, or a folder with annotations of COCO, Roboflow or Pascal VOC."""
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
-        return bool(_json_files(Path(path)) or _voc_folders(Path(path)))
+        return bool(json_files(Path(path)) or voc_folders(Path(path)))
     return path.lower().endswith(".json") and os.path.isfile(path)
 
 
@@ -179,7 +180,7 @@ def open_detection(
     files that do not fit their annotations. `notes` of the training images and `problems` of both say what is
     unusual. Raises InputError for what cannot be used at all; if `strict`, for any problem.
     """
-    sources = _find(spec)
+    sources = find_annotations(spec)
     first = sources.get("train") or sources.get("")
     if first is None:
         raise InputError(f"{spec} has annotations to validate on but none to train on: add a file of train")
@@ -210,7 +211,7 @@ def open_detection_split(spec: str, class_names: Sequence[str]) -> DetectionImag
 
     Raises InputError for a class that is not among them, and if a file of an image is missing.
     """
-    sources = _find(spec)
+    sources = find_annotations(spec)
     source = next((sources[role] for role in _evaluated(spec) if role in sources), None)
     if source is None:
         raise InputError(f"{spec} has images to train on only: give the file of the annotations to evaluate on")
@@ -224,75 +225,7 @@ def _evaluated(spec: str) -> tuple[str, ...]:
     return ("train", "") if os.path.isfile(os.path.expanduser(spec)) else ("validation", "test", "")
 
 
-class _Source(NamedTuple):
-    """Annotations that have been found: their file or folder, and the folders in which their images may be."""
-
-    path: Path
-    load: Callable[[], dict[str, Any]]
-    folders: list[Path]
-
-
-_MISSING = "images without a file (left out)"
-
-
-def _find(spec: str) -> dict[str, _Source]:
-    """The annotations of a data set by split; "" if no split is named."""
-    path = Path(os.path.expanduser(spec))
-    if path.is_file():
-        words = ("val", "valid", "validation") if _role(path) == "train" else ()
-        beside = (path.with_name(re.sub("train(ing)?", word, path.name, flags=re.IGNORECASE)) for word in words)
-        files = [path, *[file for file in beside if file.is_file()][:1]]
-        return {role: _json_source(file) for role, file in zip(("train", "validation"), files, strict=False)}
-    if files := _json_files(path):
-        by_role: dict[str, Path] = {}
-        named = [file for file in files if _role(file)] or files
-        for file in named:
-            if (other := by_role.setdefault(_role(file), file)) != file:
-                raise InputError(f"{spec} has {other.name} and {file.name} for one split: give the path of one of them")
-        return {role: _json_source(file) for role, file in by_role.items()}
-    folders = _voc_folders(path)
-    if len(folders) > 1:
-        raise InputError(f"{spec} has {' and '.join(folder.name for folder in folders)}: give the path of one of them")
-    if folders:
-        return {
-            role: _Source(folders[0], partial(dict, data), [folders[0] / "JPEGImages"])
-            for role, data in load_voc(folders[0]).items()
-        }
-    if not path.exists():
-        raise InputError(f"{spec} does not exist: give a folder of images with COCO or Pascal VOC annotations")
-    known = "annotations/instances_train.json, train/_annotations.coco.json or Annotations/*.xml"
-    raise InputError(f"{spec} has no annotations of objects: neither {known}; or give the JSON file itself")
-
-
-def _json_files(folder: Path) -> list[Path]:
-    return next((files for pattern in _PATTERNS if (files := sorted(folder.glob(pattern)))), [])
-
-
-def _voc_folders(path: Path) -> list[Path]:
-    folders = [path, *sorted(path.glob("VOC2*")), *sorted(path.glob("VOCdevkit/VOC2*"))]
-    return [f for f in folders if (f / "JPEGImages").is_dir() and next((f / "Annotations").glob("*.xml"), None)]
-
-
-def _role(path: Path) -> str:
-    """The split that the name of a file or folder says, "" if none; Roboflow's file is named by its folder."""
-    name = path.parent.name if path.name.startswith("_annotations") else path.name
-    return next((role for word in re.findall("[a-z]+", name.lower()) if (role := role_of(word))), "")
-
-
-def _json_source(path: Path) -> _Source:
-    base = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
-    likely, role = path.stem.removeprefix("instances_"), _role(path)
-    below = [base]
-    for folder in (base, base / "images"):
-        with contextlib.suppress(OSError):
-            below += sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    # never those of another split, which may have images of the same names
-    own = [folder for folder in below if folder == base or not _role(folder) or not role or _role(folder) == role]
-    own.sort(key=lambda f: (f.name != likely, f == base or not role or _role(f) != role, f.name != "images", f != base))
-    return _Source(path, partial(load_json, path), own)
-
-
-def _open(source: _Source, class_names: Sequence[str] | None = None) -> tuple[DetectionImages, set[int]]:
+def _open(source: Source, class_names: Sequence[str] | None = None) -> tuple[DetectionImages, set[int]]:
     """The images of a source and the indices of those whose files do not fit; labels by `class_names` if given."""
     data = source.load()
     names, notes = read_categories(data, source.path)
@@ -358,7 +291,7 @@ def _files(data: dict[str, Any], path: Path, problems: Problems) -> tuple[dict[A
     return files, sizes
 
 
-def _present(source: _Source, files: dict[Any, str], problems: Problems) -> tuple[Path, dict[Any, str]]:
+def _present(source: Source, files: dict[Any, str], problems: Problems) -> tuple[Path, dict[Any, str]]:
     """The folder that has most of (a sample of) the files, and the files that it has."""
     listed: dict[str, set[str]] = {}
 
@@ -378,7 +311,7 @@ def _present(source: _Source, files: dict[Any, str], problems: Problems) -> tupl
     if not present:
         raise InputError(f"none of the {len(files)} images of {source.path} is there, such as {names[0]}, below {root}")
     if missing := [file for number, file in files.items() if number not in present]:
-        problems[_MISSING] = missing
+        problems[_MISSING] = [f"{file}: not in {root}" for file in missing]
     return root, present
 
 
@@ -420,7 +353,7 @@ def _misfit(images: DetectionImages, index: int) -> tuple[str, str]:
     try:
         stored, orientation = _header(images.source(index))
     except UnreadableImage as error:
-        return "files that cannot be read", error.reason
+        return _UNREADABLE, error.reason
     expected = images.sizes[index]
     upright = stored[::-1] if orientation in _UNDO else stored
     if upright == expected:
@@ -428,7 +361,7 @@ def _misfit(images: DetectionImages, index: int) -> tuple[str, str]:
         return "files turned by EXIF with annotations taken as upright, which sizes do not tell" if unclear else "", ""
     if stored == expected:
         return "files turned by EXIF that are annotated, and used, as stored", ""
-    return "files whose size is not that in the annotations", "{} x {}, not {} x {}".format(*upright, *expected)
+    return _OTHER_SIZE, "{} x {}, not {} x {}".format(*upright, *expected)
 
 
 def _notes(images: DetectionImages) -> list[str]:
@@ -476,9 +409,9 @@ class DetectionTransform:
             raise InputError(f"{self}: min_px is 1 to max_px, scale are two positive numbers in ascending order")
 
     def __call__(
-        self, image: Image.Image, target: dict[str, Tensor], rng: np.random.Generator
+        self, image: Image.Image, target: Mapping[str, Any], rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(uint8 (3, h, w), target) of an RGB image with `boxes`, `labels` and perhaps `masks`."""
+        """(uint8 (3, h, w), target) of an RGB image with `boxes`, `labels` and perhaps `masks`, which may be lazy."""
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as F
@@ -491,7 +424,9 @@ class DetectionTransform:
         boxes: Tensor = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore
         parts = [F.resize(pixels, [height, width], antialias=True), F.resize(boxes, [height, width])]
         if "masks" in target:  # F.resize of a Mask would take the nearest pixel's corner, and so shift it
-            masks = F.resize(target["masks"], [height, width], InterpolationMode.NEAREST_EXACT)
+            masks = torch.zeros((len(boxes), height, width), dtype=torch.uint8)
+            for place, mask in zip(masks, target["masks"], strict=True):
+                place.copy_(F.resize(mask[None], [height, width], InterpolationMode.NEAREST_EXACT)[0])
             parts.append(tv_tensors.Mask(masks))
         if self.flip and rng.random() < 0.5:
             parts = [F.horizontal_flip(part) for part in parts]
@@ -506,7 +441,7 @@ class DetectionTransform:
 
 
 def _cleaned(
-    parts: list[Tensor], target: dict[str, Tensor], least_px: float, from_masks: bool
+    parts: list[Tensor], target: Mapping[str, Any], least_px: float, from_masks: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Plain tensors, boxes inside the image, without objects that have vanished."""
     image, boxes, *masks = (part.as_subclass(Tensor) for part in parts)
@@ -578,8 +513,12 @@ class _Reading:
     transform: DetectionTransform
     masks: bool
 
+    def __post_init__(self) -> None:
+        from torchvision.transforms import v2  # noqa: F401  once, before workers are forked
+
     def sample(self, index: int, rng: np.random.Generator | None = None) -> tuple[Tensor, dict[str, Tensor], int]:
-        image, target = self.images.read(index), self.images.target(index, self.masks)
+        image, target = self.images.read(index), dict[str, Any](self.images.target(index, masks=False))
+        target |= {"masks": self.images.each_mask(index)} if self.masks else {}
         return *self.transform(image, target, rng or np.random.default_rng(0)), index
 
     def batch(
