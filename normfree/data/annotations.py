@@ -204,6 +204,8 @@ def read_categories(data: dict[str, Any], where: object) -> tuple[dict[int, str]
         if name in names:
             raise InputError(f"{where}: the name {name!r} belongs to the categories {names[name]} and {number}")
         found[number], names[name] = name, number
+    if not found:
+        raise InputError(f"{where} has no categories")
     return found, notes
 
 
@@ -217,22 +219,22 @@ class Picture(NamedTuple):
 
 
 def read_annotations(
-    raws: list[Any], pictures: dict[Any, Picture], labels: dict[Any, int]
+    raws: list[Any], pictures: dict[Any, Picture | None], labels: dict[Any, int]
 ) -> tuple[list[list[Annotation]], Problems]:
     """(annotations of each image, problems) of a COCO file; `pictures` and `labels` by the ids of the file.
 
-    What cannot be used is left out and named. Boxes are clamped to their image. Polygons of fewer than three points,
-    of an odd number of values, or far outside are left out; a mask of which nothing is left makes a box alone if
-    others have no mask either, and is left out with its box if all others have one.
+    Annotations of images that are None, which have been named already, are passed over. What cannot be used is left
+    out and named. Boxes are clamped to their image. Polygons of fewer than three points, of an odd number of values,
+    or far outside are left out; a mask of which nothing is left makes a box alone if others have no mask either, and
+    is left out with its box if all others have one.
     """
     reader = _Reader(pictures, labels)
-    found: list[list[Annotation]] = [[] for _ in pictures]
+    found: list[list[Annotation]] = [[] for picture in pictures.values() if picture]
     for reader.raw in raws:
         reader.picture = None
         try:
-            annotation = reader.annotation()
-            assert reader.picture
-            found[reader.picture.place].append(annotation)
+            if (annotation := reader.annotation()) and reader.picture:
+                found[reader.picture.place].append(annotation)
         except _LeftOut as error:
             reader.flag(f"{error.args[0]} (left out)", error.args[1])
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -257,21 +259,23 @@ class _Reader:
     raw: Any
     picture: Picture | None
 
-    def __init__(self, pictures: dict[Any, Picture], labels: dict[Any, int]) -> None:
+    def __init__(self, pictures: dict[Any, Picture | None], labels: dict[Any, int]) -> None:
         self.pictures, self.labels = pictures, labels
         self.problems: Problems = defaultdict(list)
         self.ids: set[Any] = set()
 
     def flag(self, kind: str, detail: object) -> None:
         number = self.raw.get("id") if isinstance(self.raw, dict) else one_line(self.raw, 40)
-        words = (self.picture and self.picture.name, f"annotation {number}", one_line(detail, 80))
-        self.problems[kind].append(": ".join(word for word in words if word))
+        words = (self.picture.name if self.picture else "", f"annotation {number}", detail and one_line(detail, 80))
+        self.problems[kind].append(": ".join(str(word) for word in words if word))
 
-    def annotation(self) -> Annotation:
+    def annotation(self) -> Annotation | None:
         raw = self.raw
-        self.picture = self.pictures.get(raw["image_id"])
-        if self.picture is None:
+        if raw["image_id"] not in self.pictures:
             raise _LeftOut("annotations of images that are not listed", f"image {raw['image_id']}")
+        self.picture = self.pictures[raw["image_id"]]
+        if self.picture is None:
+            return None
         if raw["category_id"] not in self.labels:
             raise _LeftOut("annotations of categories that are not listed", f"category {raw['category_id']}")
         segmentation = self._segmentation(raw.get("segmentation"))

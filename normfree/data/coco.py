@@ -229,23 +229,23 @@ def _open(source: Source, class_names: Sequence[str] | None = None) -> tuple[Det
     """The images of a source and the indices of those whose files do not fit; labels by `class_names` if given."""
     data = source.load()
     names, notes = read_categories(data, source.path)
-    labels, class_names = _labels(data, names, class_names, source.path)
+    class_names = tuple(names.values() if class_names is None else class_names)
+    labels = _labels(data, names, class_names, source.path)
     problems: Problems = {}
     files, sizes = _files(data, source.path, problems)
-    root, files = _present(source, files, problems)
-    samples = FolderImages(root=str(root), paths=list(files.values()))
-    pictures: dict[Any, Picture] = {}
-    for number, file in files.items():
-        size = sizes[number] or _upright_size(root / file)
-        pictures[number] = Picture(len(pictures), file, *size)
-    annotations, found = read_annotations(data["annotations"], pictures, labels)
+    root, present = _present(source, files, problems)
+    pictures = {
+        number: Picture(place, file, *(sizes[number] or _upright_size(root / file)))
+        for place, (number, file) in enumerate(present.items())
+    }
+    annotations, found = read_annotations(data["annotations"], dict.fromkeys(files) | pictures, labels)
     ids = {label: number for number, label in labels.items()}
     images = DetectionImages(
-        samples=samples,
+        samples=FolderImages(root=str(root), paths=list(present.values())),
         annotations=annotations,
         sizes=[(picture.width, picture.height) for picture in pictures.values()],
         image_ids=list(pictures),
-        class_names=tuple(class_names),
+        class_names=class_names,
         category_ids=tuple(ids.get(label, -1) for label in range(1, len(class_names) + 1)),
         problems=problems | found,
     )
@@ -253,20 +253,15 @@ def _open(source: Source, class_names: Sequence[str] | None = None) -> tuple[Det
     return replace(images, notes=(*notes, *_notes(images))), misfits
 
 
-def _labels(
-    data: dict[str, Any], names: dict[int, str], class_names: Sequence[str] | None, path: Path
-) -> tuple[dict[int, int], Sequence[str]]:
-    """({category id: label}, names of the classes). InputError for a class with objects that is not `class_names`'."""
-    class_names = list(names.values()) if class_names is None else class_names
-    if not class_names:
-        raise InputError(f"{path} has no categories")
+def _labels(data: dict[str, Any], names: dict[int, str], class_names: Sequence[str], path: Path) -> dict[int, int]:
+    """{category id: label}. InputError for a class with objects that is not among `class_names`."""
     place = {class_key(name): label for label, name in enumerate(class_names, 1)}
     used = {str(raw.get("category_id")) for raw in data["annotations"] if isinstance(raw, dict)}
     for number, name in names.items():
         if name not in place and str(number) in used:
             hint = nearest(name, class_names)
             raise InputError(f"{path}: class {name!r} is not among the {len(place)} of training{hint}")
-    return {number: place[name] for number, name in names.items() if name in place}, class_names
+    return {number: place[name] for number, name in names.items() if name in place}
 
 
 def _files(data: dict[str, Any], path: Path, problems: Problems) -> tuple[dict[Any, str], dict[Any, Any]]:
