@@ -67,6 +67,7 @@ class Activation(nn.Module):
         return out * self.gamma if self.scaled else out
 
     def extra_repr(self) -> str:
+        """For print(model)."""
         return f"{self.name}, gamma={self.gamma:.6g}{', scaled' if self.scaled else ''}"
 
 
@@ -214,6 +215,8 @@ def _times(weight: Tensor, bias: Tensor | None, scale: Tensor | float | None) ->
 class WSConv(ConvNd):
     """Scaled weight standardization, for subclasses that also inherit from one of PyTorch's convolutions.
 
+    They take PyTorch's arguments, and the keywords `input_scale` and `eps`.
+
         Ŵ_i = (W_i - mean(W_i)) / sqrt(max(fan_in * var(W_i), 1e-4)) * gain_i * input_scale
 
     `gain` and `bias` (out,). Mean and biased variance are over the filter of output channel i. `input_scale` is the
@@ -226,7 +229,10 @@ class WSConv(ConvNd):
     gain: nn.Parameter
     initial_gain = 1.0
 
-    def _add_gain(self, input_scale: float, eps: float | None) -> None:
+    def __init__(  # `device` by name, for torch.nn.utils.skip_init
+        self, *args: Any, device: Any = None, input_scale: float = 1.0, eps: float | None = None, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs, **({} if device is None else {"device": device}))
         self.gain = nn.Parameter(self.weight.detach().new_ones(self.out_channels))
         self.input_scale, self.eps = input_scale, eps
 
@@ -268,6 +274,7 @@ class WSConv(ConvNd):
         return cast(float, self.input_scale), self.fan_in / self.filter_size, floor, eps
 
     def extra_repr(self) -> str:
+        """For print(model)."""
         eps = "" if self.eps is None else f", eps={self.eps:g}"
         return f"{super().extra_repr()}, input_scale={self.input_scale:.6g}{eps}"
 
@@ -317,13 +324,13 @@ class _Initialized(nn.Module):
     truncated = False
 
     def initialize(self, std: float, truncated: bool = False) -> None:
+        """Draws new weights, and remembers how for `reset_parameters`."""
         self.std, self.truncated = std, truncated
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if (
-            self.std is None
-        ):  # called by PyTorch's constructor, whose draws keep the random numbers of a seed as they were
+        """As `initialize` did; before that, as PyTorch does, whose draws keep a seed's random numbers as they were."""
+        if self.std is None:
             cast(Any, super()).reset_parameters()
             return
         init_normal_(self.weight, self.std, self.truncated)
@@ -401,6 +408,7 @@ class StochasticDepth(nn.Module):
         return _drop_samples(x, self.rate if self.training else 0.0)
 
     def extra_repr(self) -> str:
+        """For print(model)."""
         return f"rate={self.rate:.4g}"
 
 
@@ -414,17 +422,7 @@ def _drop_samples(x: Tensor, rate: float) -> Tensor:
 fx.wrap("_drop_samples")  # a leaf for torch.fx, since it branches on the number of dimensions
 
 
-class _WSConvNd(WSConv):
-    """The constructor of the layers below: PyTorch's arguments and two keywords."""
-
-    def __init__(
-        self, *args: Any, device: Any = None, input_scale: float = 1.0, eps: float | None = None, **kwargs: Any
-    ):
-        super().__init__(*args, **kwargs, **({} if device is None else {"device": device}))
-        self._add_gain(input_scale, eps)
-
-
-class WSConv2d(_WSConvNd, Conv2d):
+class WSConv2d(WSConv, Conv2d):
     """`Conv2d` with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kh, kw).
 
     The arguments are those of `nn.Conv2d`, with the paddings of `Conv2d`, and the keywords `input_scale` and `eps`.
@@ -451,7 +449,7 @@ class WSConv2d(_WSConvNd, Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, *rest, input_scale=input_scale, eps=eps)
 
 
-class _WSForward(_WSConvNd):
+class _WSForward(WSConv):
     """The forward pass of `WSConv1d` and `WSConv3d`."""
 
     def forward(self, input: Tensor, output_scale: Tensor | float | None = None) -> Tensor:
@@ -460,20 +458,14 @@ class _WSForward(_WSConvNd):
 
 
 class WSConv1d(_WSForward, nn.Conv1d):
-    """1-D convolution with scaled weight standardization (`WSConv`).
-
-    `nn.Conv1d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (out, in / groups, k).
-    """
+    """`nn.Conv1d` with scaled weight standardization (`WSConv`); `weight` (out, in / groups, k)."""
 
 
 class WSConv3d(_WSForward, nn.Conv3d):
-    """3-D convolution with scaled weight standardization (`WSConv`).
-
-    `nn.Conv3d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (out, in / groups, kt, kh, kw).
-    """
+    """`nn.Conv3d` with scaled weight standardization (`WSConv`); `weight` (out, in / groups, kt, kh, kw)."""
 
 
-class _WSConvTransposeNd(_WSConvNd, ConvTransposeNd):
+class _WSConvTransposeNd(WSConv, ConvTransposeNd):
     """Weight standardization for transposed convolutions, whose `weight` is (in, out / groups, ...).
 
     Mean and variance are over the filter of an output channel, (in / groups, ...). With strides, one output sees only
@@ -507,28 +499,19 @@ class _WSConvTransposeNd(_WSConvNd, ConvTransposeNd):
 
 
 class WSConvTranspose1d(_WSConvTransposeNd, nn.ConvTranspose1d):
-    """Transposed 1-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
-
-    `nn.ConvTranspose1d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, k).
-    """
+    """`nn.ConvTranspose1d` with scaled weight standardization (`WSConv`); `weight` (in, out / groups, k)."""
 
     _transpose = staticmethod(F.conv_transpose1d)
 
 
 class WSConvTranspose2d(_WSConvTransposeNd, nn.ConvTranspose2d):
-    """Transposed 2-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
-
-    `nn.ConvTranspose2d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, kh, kw).
-    """
+    """`nn.ConvTranspose2d` with scaled weight standardization (`WSConv`); `weight` (in, out / groups, kh, kw)."""
 
     _transpose = staticmethod(F.conv_transpose2d)
 
 
 class WSConvTranspose3d(_WSConvTransposeNd, nn.ConvTranspose3d):
-    """Transposed 3-D convolution with scaled weight standardization (`WSConv`), one filter an output channel.
-
-    `nn.ConvTranspose3d`'s arguments, and the keywords `input_scale` and `eps`. `weight` (in, out / groups, kt, kh, kw).
-    """
+    """`nn.ConvTranspose3d` with scaled weight standardization (`WSConv`); `weight` (in, out / groups, kt, kh, kw)."""
 
     _transpose = staticmethod(F.conv_transpose3d)
 
@@ -539,7 +522,7 @@ class BranchEnd(WSConv):
     skip_gain: nn.Parameter
     alpha: Tensor
 
-    def __init__(self, *args, device=None, **kwargs):  # `device` by name, for torch.nn.utils.skip_init
+    def __init__(self, *args: Any, device: Any = None, **kwargs: Any):
         super().__init__(*args, device=device, **kwargs)
         self.skip_gain = nn.Parameter(self.weight.detach().new_ones(()))
         self.register_buffer("alpha", self.weight.detach().new_ones(()))

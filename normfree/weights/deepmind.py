@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from torch import Tensor
 from normfree.errors import InputError, one_line
 from normfree.files import replacing
 from normfree.weights.file import Report, Weights, Zoo
-from normfree.weights.pickles import Placeholder, Refused, Unpickler
+from normfree.weights.pickles import Placeholder, Refused, Unpickler, walk
 
 Tree = dict[str, dict[str, np.ndarray]]
 
@@ -73,10 +73,6 @@ def _array_of_bytes(data: bytes, dtype: np.dtype, shape: tuple, order: str) -> n
     return np.frombuffer(data, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
-def _scalar(dtype: np.dtype, data: bytes = b"") -> np.ndarray:
-    return np.frombuffer(data, dtype, count=1).reshape(())
-
-
 class _HaikuUnpickler(Unpickler):
     admitted: ClassVar[Mapping[str, Any]] = {
         "numpy.ndarray": Placeholder,
@@ -86,7 +82,7 @@ class _HaikuUnpickler(Unpickler):
             for core in ("core", "_core")
             for name, function in (
                 ("multiarray._reconstruct", _array),
-                ("multiarray.scalar", _scalar),
+                ("multiarray.scalar", lambda dtype, data=b"": np.frombuffer(data, dtype, count=1).reshape(())),
                 ("numeric._frombuffer", _array_of_bytes),
             )
         },
@@ -110,7 +106,7 @@ def read_haiku(path: str | os.PathLike) -> Tree:
     try:
         with path.open("rb") as file:
             content = _HaikuUnpickler(file).load()
-        leaves = dict(_leaves(content))
+        leaves = {place: leaf for place, leaf in walk(content) if not isinstance(leaf, Mapping | tuple | list | None)}
     except Refused as error:
         raise InputError(f"{path} is refused: a weight file has no business with {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly every type
@@ -133,19 +129,6 @@ def read_haiku(path: str | os.PathLike) -> Tree:
             raise InputError(f"{path} is not a haiku weight file: {place} is not an array of floats")
         tree.setdefault(module, {})[name] = leaf
     return tree
-
-
-def _leaves(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """The path and value of every leaf of nested mappings and sequences; None and repeated containers are skipped."""
-    seen = set() if seen is None else seen
-    items = content.items() if isinstance(content, Mapping) else None
-    items = enumerate(content) if isinstance(content, tuple | list) else items
-    if items is None:
-        yield from [] if content is None else [(place, content)]
-    elif id(content) not in seen:
-        seen.add(id(content))
-        for key, value in items:
-            yield from _leaves(value, f"{place}/{key}" if place else str(key), seen)
 
 
 def write_haiku(path: str | os.PathLike, tree: Tree) -> None:

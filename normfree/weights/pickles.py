@@ -14,7 +14,7 @@ import re
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar
@@ -52,16 +52,14 @@ class Unpickler(pickle.Unpickler):
         """What a global of the pickle stands for; nothing is imported."""
         name = f"{IMPORT_MAPPING.get(module, module)}.{name}"  # protocol 2 writes Python 2's module names
         meaning = self.admitted[name] if name in self.admitted else self.unknown(name)
+        if not isinstance(meaning, FunctionType):
+            return meaning
         # a pickle can set attributes of a function, but not of a placeholder
-        return _calling(meaning) if isinstance(meaning, FunctionType) else meaning
+        return type(meaning.__name__, (Placeholder,), {"__new__": lambda cls, *arguments: meaning(*arguments)})
 
     def unknown(self, name: str) -> Any:
         """What a name that is not admitted stands for; raises `Refused` here."""
         raise Refused(name)
-
-
-def _calling(function: Callable[..., Any]) -> type:
-    return type(function.__name__, (Placeholder,), {"__new__": lambda cls, *arguments: function(*arguments)})
 
 
 class _Uncallable(Placeholder):
@@ -96,12 +94,17 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -
     return tensor.set_(untyped(storage), offset, size, stride)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _subclass(rebuild: Callable[..., Any], kind: Any, arguments: tuple, state: Any) -> Any:
-    return rebuild(*arguments)
+def walk(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """The path and value of everything in nested mappings, lists and tuples, each of which is entered once."""
+    seen = set() if seen is None else seen
+    items = content.items() if isinstance(content, Mapping) else ()
+    items = enumerate(content) if isinstance(content, list | tuple) else items
+    if items and id(content) in seen:
+        return
+    seen.add(id(content))
+    yield place, content
+    for key, value in items:
+        yield from walk(value, f"{place}/{key}".lstrip("/"), seen)
 
 
 # harmless functions and classes in pickles of options, logs and random states
@@ -123,8 +126,8 @@ class _TorchUnpickler(Unpickler):
         **{f"collections.{name}": _Mapping for name in ("OrderedDict", "defaultdict", "Counter")},
         **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
         **{f"torch._utils._rebuild_tensor{version}": _tensor for version in ("", "_v2", "_v3")},
-        **{f"torch._utils._rebuild_parameter{more}": _parameter for more in ("", "_with_state")},
-        "torch._tensor._rebuild_from_type_v2": _subclass,
+        **{f"torch._utils._rebuild_parameter{more}": lambda data, *_: data for more in ("", "_with_state")},
+        "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, arguments, state: rebuild(*arguments),
         "torch.storage.UntypedStorage": _Bytes,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from normfree.weights.file import (
     some,
     spelled,
 )
-from normfree.weights.pickles import Placeholder, Refused, load_torch
+from normfree.weights.pickles import Placeholder, Refused, load_torch, walk
 
 # parts of names that compilation, sharding and activation checkpointing insert
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
@@ -138,7 +138,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The path of the state dict in a torch file ("" for the file itself), and the state dict."""
-    everything = dict(_walk(content))
+    everything = dict(walk(content))
     found = {
         place: each
         for place, each in everything.items()
@@ -146,10 +146,9 @@ def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     }
     found = {place: each for place, each in found.items() if any("stem." in str(key) for key in each)} or found
     if not found:
-        objects = (type(each).__name__ for each in everything.values() if isinstance(each, Placeholder))
-        for name in objects:
-            if "." in name:
-                raise Refused(f"{name}: save the network's state_dict()")
+        for each in everything.values():
+            if isinstance(each, Placeholder) and "." in type(each).__name__:
+                raise Refused(f"{type(each).__name__}: save the network's state_dict()")
         raise InputError(f"{path} holds no state dict, a mapping of names to tensors")
 
     def rank(place: str) -> int:
@@ -163,16 +162,3 @@ def _pick(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         if isinstance(value, Placeholder):
             raise Refused(type(value).__name__)
     return place, {str(key): value for key, value in found[place].items() if isinstance(value, Tensor)}
-
-
-def _walk(content: Any, place: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Every value in nested mappings and sequences, once, with its path."""
-    seen = set() if seen is None else seen
-    if id(content) in seen:
-        return
-    seen.add(id(content))
-    yield place, content
-    items = content.items() if isinstance(content, Mapping) else ()
-    items = enumerate(content) if isinstance(content, list | tuple) else items
-    for key, value in items:
-        yield from _walk(value, f"{place}/{key}".lstrip("/"), seen)

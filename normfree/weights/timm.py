@@ -49,14 +49,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _RESNETS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 26, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
-_REGNETS: dict[tuple[int, ...], str] = {
-    (1, 3, 6, 6): "b0",
-    (2, 4, 7, 7): "b1",
-    (2, 4, 8, 8): "b2",
-    (2, 5, 9, 9): "b3",
-    (2, 6, 11, 11): "b4",
-    (3, 7, 14, 14): "b5",
-}
+_REGNET_DEPTHS = ((1, 3, 6, 6), (2, 4, 7, 7), (2, 4, 8, 8), (2, 5, 9, 9), (2, 6, 11, 11), (3, 7, 14, 14))
+_REGNETS: dict[tuple[int, ...], int] = {depth: number for number, depth in enumerate(_REGNET_DEPTHS)}
 
 # timm's training px, test px and crop fraction for its own weights, if they differ from our variant's
 _PREPARED = {"nf_resnet50": (256, 288, 0.94), "nf_regnet_b1": (256, 288, 0.9), "nfnet_l0": (224, 288, 1.0)}
@@ -125,7 +119,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
         else:
             name = f"{gate}_nfnet_l{number}".lstrip("_") if 4 * inner == outer else f"nfnet_f{number}"
     elif "stem.conv.weight" in state and "final_conv.weight" in state:
-        name = f"nf_regnet_{_REGNETS.get(blocks)}"
+        name = f"nf_regnet_b{_REGNETS.get(blocks)}"
     elif "stem.conv.weight" in state:
         gate = gate or ("se" if any(".attn_last." in key for key in state) else "")
         name = f"nf_{gate}resnet{_RESNETS.get(blocks)}"
