@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from normfree._compat import BatchNorm
 from normfree.config import MAX_PX, MAX_SEED
+from normfree.conversion.graph import has_statistics
 from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.data import FolderImages, find_images, open_dataset
 from normfree.data.transforms import normalize, sample_rng
@@ -91,14 +92,14 @@ def signal_propagation(
         >>> len(table), table.blocks[1].name, table.blocks[1].transition
         (8, 'stages.0.0', True)
     """
-    if x is None:
-        conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        if conv is None:
-            raise InputError(f"{type(model).__name__} has no convolution, so it is no residual network of images")
-        px = px or _native_px(model)
-        noise = torch.randn(batch, conv.in_channels, px, px, generator=torch.Generator().manual_seed(seed))
-        return _measure(model, noise.to(conv.weight), f"noise N(0, 1) of seed {seed}", training)
-    return _measure(model, x, "images given", training)
+    if x is not None:
+        return _measure(model, x, "images given", training)
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if conv is None:
+        raise InputError(f"{type(model).__name__} has no convolution, so it is no residual network of images")
+    px = px or _native_px(model)
+    noise = torch.randn(batch, conv.in_channels, px, px, generator=torch.Generator().manual_seed(seed))
+    return _measure(model, noise.to(conv.weight), f"noise N(0, 1) of seed {seed}", training)
 
 
 def _measure(model: nn.Module, x: Tensor, kind: str, training: bool | None = None) -> SignalTable:
@@ -120,17 +121,11 @@ def _mode(model: nn.Module, training: bool | None) -> Iterator[bool]:
         model.train(bool(training))
         if training is None:
             for norm in norms:
-                norm.training = _is_fresh(norm)
+                norm.training = norm.running_mean is not None and not has_statistics(norm)
         yield any(norm.training or norm.running_mean is None for norm in norms)
     finally:
         for module, mode in before:
             module.training = mode
-
-
-def _is_fresh(norm: BatchNorm) -> bool:
-    """Whether running statistics are initial values; converted weights often lack the count of batches."""
-    mean, var = norm.running_mean, norm.running_var
-    return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
 
 
 def set_skip_gains(model: nn.Module, value: float) -> int:
@@ -185,7 +180,11 @@ def measure_models(
         if skip_gain is not None or fresh:
             set_skip_gains(model, 1.0 if skip_gain is None else skip_gain)
         model, side = model.to(where), px or _native_px(model)
-        images = None if data is None else read_images(data, _info(name, model), side, batch, seed).to(where)
+        images = None
+        if data is not None:  # networks of other libraries get the most common preparation
+            usual = ModelInfo(name, 0, eval_crop="center", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+            info = model.info if isinstance(model, Network) and model.info else usual
+            images = read_images(data, info, side, batch, seed).to(where)
         try:
             if images is None:
                 tables[name] = signal_propagation(model, batch=batch, px=side, seed=seed)
@@ -220,8 +219,7 @@ def _create(name: str) -> nn.Module:
     if library == "torchvision":
         from torchvision import models as zoo
 
-        known = zoo.list_models(module=zoo)
-        create = zoo.get_model
+        known, create = zoo.list_models(module=zoo), zoo.get_model
     else:
         try:
             import timm
@@ -231,13 +229,6 @@ def _create(name: str) -> nn.Module:
     if inner not in known:
         raise InputError(f"{library} has no network {inner!r}{nearest(inner, known)}")
     return create(inner)
-
-
-def _info(name: str, model: nn.Module) -> ModelInfo:
-    """How images are prepared; networks of other libraries get the most common preparation."""
-    if isinstance(model, Network) and model.info:
-        return model.info
-    return ModelInfo(name, 0, eval_crop="center", mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def read_images(data: str, info: ModelInfo, px: int, count: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from normfree import functional
 from normfree._compat import conv_pads
-from normfree.conversion.graph import BATCH_NORMS, Branch, ConvSite, Graph
+from normfree.conversion.graph import BATCH_NORMS, ConvSite, Graph
 from normfree.conversion.trace import BlockSignal, trace_signal
 from normfree.errors import InputError
 from normfree.layers import (
@@ -49,9 +49,7 @@ class Conversion:
 
     convs: tuple[str, ...]  # convolutions with scaled weight standardization
     folded: tuple[str, ...]  # batch normalizations folded into gain and bias of the convolution before them
-    on_stream: tuple[
-        str, ...
-    ]  # other batch normalizations: with statistics a factor and offset per channel, else removed
+    on_stream: tuple[str, ...]  # others: with statistics replaced by a factor and offset per channel, else removed
     branches: dict[str, float]  # module with α and the SkipInit gain -> standard deviation of the branch before them
     left: dict[str, str]  # unchanged modules -> reason
     statistics: bool  # whether the batch normalizations had seen data
@@ -73,17 +71,12 @@ class Conversion:
         if self.after:
             lines.append(f"{'block':28}{'squared mean':>20}{'variance':>20}{'branch variance':>20}")
         for old, new in zip(self.before, self.after, strict=False):
-            lines.append(
-                f"{new.name:28}"
-                + _change(old.squared_mean, new.squared_mean)
-                + _change(old.variance, new.variance)
-                + _change(old.branch_variance, new.branch_variance)
-            )
+            line = f"{new.name:28}"
+            for key in ("squared_mean", "variance", "branch_variance"):
+                a, b = getattr(old, key), getattr(new, key)
+                line += "" if a is None or b is None else f"{f'{a:.3g} -> {b:.3g}':>20}"
+            lines.append(line)
         return "\n".join(lines)
-
-
-def _change(old: float | None, new: float | None) -> str:
-    return "" if old is None or new is None else f"{f'{old:.3g} -> {new:.3g}':>20}"
 
 
 def _first_of(names: list[str]) -> str:
@@ -184,14 +177,12 @@ def _signal(module: nn.Module, x: Tensor, deviations: dict[str, float]) -> tuple
 
 def _conv_means(module: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
     """Channel means of the outputs of convolutions."""
-    means: dict[str, Tensor] = {}
-    hooks = []
-    for name in names:
+    convs, means = {module.get_submodule(name): name for name in names}, {}
 
-        def record(conv: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
-            means[name] = out.mean(_dims(out))
+    def record(conv: nn.Module, args: Any, out: Tensor) -> None:
+        means[convs[conv]] = out.mean(_dims(out))
 
-        hooks.append(module.get_submodule(name).register_forward_hook(record))
+    hooks = [conv.register_forward_hook(record) for conv in convs]
     module(x)
     for hook in hooks:
         hook.remove()
@@ -255,7 +246,7 @@ def _standardized(conv: nn.Conv2d, norm: nn.Module | None, ends_branch: bool) ->
     return new
 
 
-def _apply_skip_init(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _apply_skip_init(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # no lambda: it must be picklable
     return cast(SkipInit, module.skip_init)(output)
 
 
@@ -307,8 +298,12 @@ class _Calibration(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n in self.plan.convs:
             self._set_conv(self.plan.convs[n], self.env[n.all_input_nodes[0]])
-        elif n in self.plan.branches:
-            self._scale_branch(self.plan.branches[n])
+        elif n in self.plan.branches:  # measure the branch and scale it as its scalars will
+            branch = self.plan.branches[n]
+            out = reduce(operator.mul, (self.env[operand] for operand in branch.operands))
+            std = self.deviations[branch.end] = _deviation(out, branch.end)
+            factor = self.alpha * self.skip_init if self.plan.statistics else self.alpha / std
+            self.env[branch.scaled] = self.env[branch.scaled] * factor
         return super().run_node(n)
 
     def _set_conv(self, conv: ConvSite, x: Tensor) -> None:
@@ -327,10 +322,3 @@ class _Calibration(fx.Interpreter):
             mean = mean * scale + offset
         out = new(x)
         new.bias.copy_(mean - out.mean(_dims(out)))
-
-    def _scale_branch(self, branch: Branch) -> None:
-        """Measures a branch and scales it as its scalars will."""
-        out = reduce(operator.mul, (self.env[operand] for operand in branch.operands))
-        std = self.deviations[branch.end] = _deviation(out, branch.end)
-        factor = self.alpha * self.skip_init if self.plan.statistics else self.alpha / std
-        self.env[branch.scaled] = self.env[branch.scaled] * factor

@@ -20,16 +20,8 @@ from normfree.errors import InputError
 from normfree.layers import Conv2d, WSConv
 
 BATCH_NORMS = (BatchNorm, FrozenBatchNorm2d)
-OTHER_NORMS = (
-    NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
+OTHER_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm, F.local_response_norm)
-CONVS = ConvNd
 PLAIN_CONVS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, Conv2d.forward)
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -49,7 +41,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and bool(own)
 
 
-def _has_statistics(norm: Any) -> bool:
+def has_statistics(norm: Any) -> bool:
     """Whether batch normalization has seen data. (Old weight files lack the count of batches.)"""
     mean, var = norm.running_mean, norm.running_var
     return mean is not None and bool(mean.any() or (var != 1).any())
@@ -64,20 +56,18 @@ def _why_not(conv: Any) -> str | None:
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"
     pads = conv_pads(conv)
-    if pads[::2] != pads[1::2]:
-        return "uneven padding"
-    return None
+    return None if pads[::2] == pads[1::2] else "uneven padding"
 
 
 class _Tracer(fx.Tracer):
     """Leaves are normalizations, convolutions, modules that contain neither, and gates."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_norm(m) or isinstance(m, CONVS):
+        if is_norm(m) or isinstance(m, ConvNd):
             return True
         if type(m).forward is nn.Sequential.forward or any(map(is_norm, m.modules())):
             return False
-        return not any(isinstance(inner, CONVS) for inner in m.modules()) or _is_gate(m)
+        return not any(isinstance(inner, ConvNd) for inner in m.modules()) or _is_gate(m)
 
 
 def _is_gate(module: nn.Module) -> bool:
@@ -124,7 +114,7 @@ class Graph:
             raise InputError(f"torch.fx cannot trace {type(module).__name__}: {reason}") from error
         self.modules = dict(module.named_modules())
         self.calls = Counter(node.target for node in self.fx.nodes if node.op == "call_module")
-        self.statistics = any(isinstance(m, BATCH_NORMS) and _has_statistics(m) for m in self.modules.values())
+        self.statistics = any(isinstance(m, BATCH_NORMS) and has_statistics(m) for m in self.modules.values())
         self.convs: dict[fx.Node, ConvSite] = {}
         self.norms: list[str] = []  # batch normalizations that can be removed
         self.on_stream: list[str] = []  # those among them that do not follow a convolution
@@ -135,7 +125,7 @@ class Graph:
         for i, node in enumerate(self.fx.nodes):
             convs_before[node] = reduce(operator.or_, (convs_before[source] for source in node.all_input_nodes), 0)
             called = self._called(node)
-            if isinstance(called, CONVS):
+            if isinstance(called, ConvNd):
                 self._add_conv(node, is_first=convs_before[node] == 0)
                 convs_before[node] |= 1 << i
             elif called is not None and is_norm(called):
@@ -239,7 +229,7 @@ class Graph:
                 continue
             if is_norm(m):
                 self.remaining[name] = "not reached in evaluation"
-            elif isinstance(m, CONVS):
+            elif isinstance(m, ConvNd):
                 inside = any(name.startswith(f"{leaf}.") for leaf in self.calls)
                 self.left[name] = IN_GATE if inside else "not reached in evaluation"
 

@@ -153,8 +153,11 @@ class _Tracer(TorchFunctionMode):
         parents = self._nodes_of(args, *kwargs.values())
         keep = self._find_residual(*args) if func.__name__ in SUMS else None  # now: += overwrites what it adds
         out = func(*args, **kwargs)
-        if parents:
-            self._record(out, parents, func.__name__ == "conv2d")
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if parents and isinstance(tensor, Tensor):
+                convs = max(p.convs for p in parents) + (func.__name__ == "conv2d")
+                self.nodes[tensor] = _Node(self.num_nodes, convs, parents)
+                self.num_nodes += 1
         if keep is not None:
             self.frames[-1].sums.append(keep(out))
         return out
@@ -169,13 +172,7 @@ class _Tracer(TorchFunctionMode):
                 nodes.append(self.nodes[value])
         return nodes
 
-    def _record(self, out: Any, parents: list[_Node], is_conv: bool) -> None:
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, Tensor):
-                self.nodes[tensor] = _Node(self.num_nodes, max(p.convs for p in parents) + is_conv, parents)
-                self.num_nodes += 1
-
-    def _find_residual(self, a: Any, b: Any = None, c: Any = 1) -> Callable[[Tensor], _Sum] | None:
+    def _find_residual(self, a: Any, b: Any = None, c: Any = 1) -> Callable[[Any], _Sum] | None:
         """If a + b * c is a residual sum, the function that records its result; else None."""
         nodes, frame = self._nodes_of(a, b), self.frames[-1]
         if len(nodes) < 2 or nodes[0].convs == nodes[1].convs or isinstance(frame.module, Block):
@@ -186,9 +183,7 @@ class _Tracer(TorchFunctionMode):
         # earlier sums that this shortcut bypasses were steps inside the branch (Res2Net)
         frame.sums = [kept for kept in frame.sums if kept.convs <= shortcut.convs]
         transition = not branch.descends_from(shortcut)
-        entry = None
-        if not self.signals:
-            entry = frame.input if transition else _squared_mean_and_variance(x)
+        entry = None if self.signals else frame.input if transition else _squared_mean_and_variance(x)
         variance, frame.branch_variance = frame.branch_variance, None
         if variance is None:
             variance = _squared_mean_and_variance(end)[1]
