@@ -114,9 +114,9 @@ def _train(
     given = given_options(args)
     if options.resume is None:
         values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
-        run, reasons = choice.choose_recipe(options.recipe, values)
+        run, reasons, *weights = choice.choose_recipe(options.recipe, values)  # a classifier's, as they were read
         out = None if options.out is None else Path(options.out)
-        return run, task.start(run, out, [reason.text for reason in reasons])
+        return run, task.start(run, out, [reason.text for reason in reasons], *weights)
     folder = Path(options.resume)
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder}: no run is there (config.json is missing)")

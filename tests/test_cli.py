@@ -101,9 +101,9 @@ def test_a_run_that_started_meanwhile_keeps_its_number(photos, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     build = classification.build
 
-    def build_while_another_starts(run):
+    def build_while_another_starts(*arguments):
         Path("runs/photos-nfnet_nano-1").mkdir(parents=True, exist_ok=True)
-        return build(run)
+        return build(*arguments)
 
     monkeypatch.setattr(classification, "build", build_while_another_starts)
     run("train", photos, QUICK.replace("--epochs 2", "--steps 1"))
@@ -130,6 +130,35 @@ def test_weights_bring_their_network_and_pixels(trained, tmp_path, capsys):
     info = normfree.load(tmp_path / "run" / "last.safetensors").info
     assert (info.architecture, info.train_px, info.eval_px) == ("nfnet_nano", 16, 16)
     assert info.overrides["width"] == (16, 32, 32, 32)
+
+
+@pytest.mark.parametrize(("kind", "builds"), [("file of ours", 2), ("state dict", 3)])
+def test_a_run_reads_its_weights_once(kind, builds, trained, tmp_path, monkeypatch):
+    """And builds the network twice: to be measured, and to be trained. A state dict is compared with an outline."""
+    from normfree.models import files
+
+    folder, photos = trained
+    weights, options = folder / "best.safetensors", ""
+    if kind == "state dict":
+        torch.save(normfree.load(weights).state_dict(), tmp_path / "x.pth")
+        weights, options = tmp_path / "x.pth", "--model nfnet_nano --width 16 32 32 32 --group-width 8"
+    calls = []
+    read, build = files.read, files.build
+    monkeypatch.setattr(files, "read", lambda *arguments: (calls.append("read"), read(*arguments))[1])
+    monkeypatch.setattr(files, "build", lambda *arguments: (calls.append("build"), build(*arguments))[1])
+    monkeypatch.setattr(normfree.models, "build", files.build)
+    # `save` builds an outline, too, which is not counted
+    monkeypatch.setattr("normfree.tasks.classification.save", lambda model, path, info: path.touch())
+    run(
+        "train --batch-size 8 --workers 0 --device cpu --steps 1",
+        photos,
+        options,
+        "--init",
+        weights,
+        "--out",
+        tmp_path / "run",
+    )
+    assert sorted(calls) == ["build"] * builds + ["read"]
 
 
 def test_nothing_to_validate_on_is_said_before_training(photos, tmp_path, capsys):

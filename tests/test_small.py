@@ -333,11 +333,11 @@ def test_the_network_that_is_given_is_measured(uneven, monkeypatch):
 
     monkeypatch.setattr("normfree.tasks.choice.images_per_second", speed)
     given = {"path": str(uneven), "model": "nf_resnet26", "train_px": 64, "device": "cpu"}
-    run, reasons = choose_recipe(None, given)
+    run, reasons, _ = choose_recipe(None, given)
     assert seen == [("nf_resnet26", 64, 3)]
     assert run.optim.epochs == 3
     assert any("3 epochs, the fewest" in reason.text for reason in reasons)
-    run, _ = choose_recipe(None, {"path": "mnist5k", "model": "nfnet_micro", "device": "cpu"})
+    run, *_ = choose_recipe(None, {"path": "mnist5k", "model": "nfnet_micro", "device": "cpu"})
     assert seen[1:] == [("nfnet_micro", 48, 32)]
     assert (run.data.train_px, run.data.eval_px, run.optim.epochs, run.data.flip) == (48, 64, 3, False)
 

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def configure(args: argparse.Namespace) -> ClassificationRun:
-    run, _ = choose_recipe(None, {"path": args.data})
+    run, *_ = choose_recipe(None, {"path": args.data})
     for option in args.set:
         name, _, value = option.partition("=")
         if name not in options_of(run):

@@ -85,22 +85,25 @@ def from_weights(
     path: str | os.PathLike,
     overrides: Mapping[str, Any],
     class_names: Sequence[str] = (),
+    weights: Weights | None = None,
 ) -> tuple[Network, tuple[str, ...]]:
     """`create_model` with a weight file; also returns notes on what differs from the file.
 
-    The classifier keeps the file's rows for those `class_names` that the file knows, in any Unicode form. If the file
-    or the caller names no classes, the classifier is kept whole if the number of classes agrees. All other rows are
-    freshly initialised. The first convolution is adapted to `in_channels` (`with_channels`), whose mean and standard
-    deviation are the averages of the file's. Tensors are converted to the default dtype.
+    `weights` is the content of the file, if it has been read; the network takes over its tensors. The classifier keeps
+    the file's rows for those `class_names` that the file knows, in any Unicode form. If the file or the caller names
+    no classes, the classifier is kept whole if the number of classes agrees. All other rows are freshly initialised.
+    The first convolution is adapted to `in_channels` (`with_channels`), whose mean and standard deviation are the
+    averages of the file's. Tensors are converted to the default dtype.
     """
-    weights = read_any(path, name, overrides)
+    weights = weights or read_any(path, name, overrides)
     info, state, notes = weights.info, dict(weights.state), list(weights.notes)
     if info.architecture != name:
         raise InputError(f"{path} holds weights of {info.architecture}, not of {name}")
     overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
     pooling = {"global_pool"} if num_classes else set()  # a classifier needs pooling, even if the file has none
     options = {key: value for key, value in info.overrides.items() if key not in pooling} | overrides
-    model = build(name, num_classes, in_channels, options)  # with memory: a new classifier needs its initial values
+    # not `weights.network`: a new classifier must get the values that the seed gives it in a fresh network
+    model = build(name, num_classes, in_channels, options)
     recorded = defaults(name) | info.overrides
     changed = {
         key: value for key, value in overrides.items() if key not in NON_WEIGHT_OPTIONS and recorded[key] != value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -23,10 +24,11 @@ from normfree.models.files import read_any
 from normfree.native import library
 from normfree.recipes import RECIPES
 from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
+from normfree.weights.file import Weights
 
 
-def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tuple[Reason, ...]]:
-    """The run for the `given` options, with all others chosen or from recipe `name`, and the reasons."""
+def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tuple[Reason, ...], Weights | None]:
+    """The run for the `given` options, with all others chosen or from recipe `name`; the reasons; what --init holds."""
     if name is not None and name not in RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
     loose: dict[str, Any] = {"clipping": None} if given.get("clip") == "none" else {}
@@ -34,7 +36,7 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
     draft = with_options(ClassificationRun(), loose | dict(given))  # placeholders that contradict no given option
     draft.check()
     path, device = draft.data.path, pick_device(draft.machine.device)
-    base, asked = _starting_point(name, path, draft.model, given)
+    base, asked, weights = _starting_point(name, path, draft.model, given)
     images, validation = open_dataset(path, validation_fraction=draft.data.validation_fraction, seed=draft.seed)
     if "validation_fraction" in given and has_validation(path):
         raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
@@ -43,21 +45,21 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
 
     @functools.cache
     def model(config: ModelConfig) -> Network:
-        with torch.random.fork_rng(devices=[]):
-            return network(config, images.class_names)[0].to(device).train()
+        with torch.random.fork_rng(devices=[]):  # a copy: measuring changes running averages
+            return copy.deepcopy(network(config, images.class_names, weights)[0]).to(device).train()
 
     def of_run(measure: Callable[..., float]) -> Callable[..., float]:
         return lambda run, *more: measure(model(run.model), run, *more)
 
     speed = of_run(images_per_second) if device.type == "cpu" and name is None else None
     machine = Machine(device.type, memory_gib(device), speed, of_run(image_mib))
-    return choose(given, seen, machine, asked, base)
+    return *choose(given, seen, machine, asked, base), weights
 
 
 def _starting_point(
     name: str | None, path: str, model: ModelConfig, given: Given
-) -> tuple[ClassificationRun | None, Asked | None]:
-    """The recipe called `name`, or that of a packaged data set; and the network that --model or --init names."""
+) -> tuple[ClassificationRun | None, Asked | None, Weights | None]:
+    """The recipe called `name`, or that of a packaged data set; the network that is given; its weights."""
     if name is not None:
         run = RECIPES[name](path)
         if given.get("model", run.model.model) != run.model.model:
@@ -67,24 +69,31 @@ def _starting_point(
             own = find_variant(run.model.model)
             px = {"train_px": run.data.train_px or own.train_px, "eval_px": run.data.eval_px or own.eval_px}
             run = with_options(run, px)
-        return run, None
+        return run, None, _read(with_options(run, given).model, run.model.model)
     base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None
-    if model.init is not None:
-        info = read_any(model.init, given.get("model"), model.overrides()).info
+    if weights := _read(model, given.get("model")):
+        info = weights.info
         if given.get("model", info.architecture) != info.architecture:
             raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
-        return base, Asked(info.architecture, info.train_px, info.eval_px, info.in_channels)
+        return base, Asked(info.architecture, info.train_px, info.eval_px, info.in_channels), weights
     own = find_variant(model.model)
-    return base, Asked(model.model, own.train_px, own.eval_px) if "model" in given else None
+    return base, Asked(model.model, own.train_px, own.eval_px) if "model" in given else None, None
 
 
-def network(m: ModelConfig, class_names: Sequence[str]) -> tuple[Network, tuple[str, ...]]:
-    """The network on the CPU, frozen as `m` says, and notes on its weights."""
+def _read(m: ModelConfig, name: str | None) -> Weights | None:
+    return None if m.init is None else read_any(m.init, name, m.overrides())
+
+
+def network(
+    m: ModelConfig, class_names: Sequence[str], weights: Weights | None = None
+) -> tuple[Network, tuple[str, ...]]:
+    """The network on the CPU, frozen as `m` says, and notes on its weights (`weights`, if `m.init` has been read)."""
     notes = ()
     if m.init is None:
         model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
     else:
-        model, notes = from_weights(m.model, len(class_names), m.in_channels, m.init, m.overrides(), class_names)
+        size = len(class_names), m.in_channels
+        model, notes = from_weights(m.model, *size, m.init, m.overrides(), class_names, weights)
     if m.freeze:
         model.requires_grad_(False)
         model.head.requires_grad_(True)

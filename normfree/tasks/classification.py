@@ -48,6 +48,7 @@ from normfree.tasks.accuracy import (
 from normfree.tasks.choice import network
 from normfree.tasks.unreadable import Unreadable
 from normfree.weights import ModelInfo
+from normfree.weights.file import Weights
 
 
 @dataclass
@@ -178,8 +179,8 @@ def smoothed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float)
     return torch.lerp(against(batch.mix_targets, "none"), against(batch.targets, "none"), ratios).mean()
 
 
-def build(run: ClassificationRun) -> Job:
-    """Everything that a run needs, from its configuration alone.
+def build(run: ClassificationRun, weights: Weights | None = None) -> Job:
+    """Everything that a run needs, from its configuration alone; `weights`: of its `init`, if they have been read.
 
     Raises:
         InputError: a value is out of range, or data or weights cannot be used.
@@ -193,7 +194,7 @@ def build(run: ClassificationRun) -> Job:
     )
     plan = make_plan(run, len(train_set))
     torch.manual_seed(run.seed)
-    model, notes = network(run.model, train_set.class_names)
+    model, notes = network(run.model, train_set.class_names, weights)
     assert model.info is not None
     info = replace(
         model.info,
@@ -277,11 +278,13 @@ def _log_priors(images: LabelledImages, balance: float, device: torch.device) ->
     return balance * (counts.clamp(min=1) / len(images)).log().to(device)
 
 
-def start(run: ClassificationRun, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
+def start(
+    run: ClassificationRun, folder: Path | None, chosen: Sequence[str] = (), weights: Weights | None = None
+) -> Outcome:
     """Trains in a new run folder, as `engine.run.start`. Input is checked before the folder is created."""
     if folder is not None:
         check_free(folder)
-    return engine.start(build(run), folder, chosen)
+    return engine.start(build(run, weights), folder, chosen)
 
 
 def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
