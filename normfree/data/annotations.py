@@ -84,10 +84,12 @@ def find_annotations(spec: str) -> dict[str, Source]:
 
 
 def json_files(folder: Path) -> list[Path]:
+    """The annotation files of a folder, by the usual names."""
     return next((files for pattern in _PATTERNS if (files := sorted(folder.glob(pattern)))), [])
 
 
 def voc_folders(path: Path) -> list[Path]:
+    """The folders with images and annotations of Pascal VOC at or below a path."""
     folders = [path, *sorted(path.glob("VOC2*")), *sorted(path.glob("VOCdevkit/VOC2*"))]
     return [f for f in folders if (f / "JPEGImages").is_dir() and next((f / "Annotations").glob("*.xml"), None)]
 

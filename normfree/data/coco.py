@@ -187,6 +187,9 @@ def open_detection(
     train, misfits = _open(first)
     notes = list(train.notes)
     train = train.subset([index for index in range(len(train)) if index not in misfits])
+    if all(a.crowd for annotations in train.annotations for a in annotations):
+        reasons = "".join(f"; {line}" for line in problem_lines(train, 1))
+        raise InputError(f"{first.path} has no objects to train on{reasons}")
     if second := sources.get("validation") or sources.get("test"):
         validation, _ = _open(second, train.class_names)
         notes += [f"validation: {note}" for note in validation.notes]
@@ -196,9 +199,6 @@ def open_detection(
         train, validation = hold_out(train, validation_fraction, seed)
         validation = replace(validation, problems={}, notes=())
         notes += [f"it has no validation images: about {validation_fraction:.3g} of the images are held out"]
-    if not any(not a.crowd for annotations in train.annotations for a in annotations):
-        reasons = "".join(f"; {line}" for line in problem_lines(train, 1))
-        raise InputError(f"{first.path} has no objects to train on{reasons}")
     problems = problem_lines(train, 1) + problem_lines(validation, 1)
     if strict and problems:
         total = sum(len(lines) for images in (train, validation) for lines in images.problems.values())
@@ -267,6 +267,7 @@ def _labels(data: dict[str, Any], names: dict[int, str], class_names: Sequence[s
 def _files(data: dict[str, Any], path: Path, problems: Problems) -> tuple[dict[Any, str], dict[Any, Any]]:
     """({image id: file name}, {image id: (width, height), or None if the file does not say})."""
     files: dict[Any, str] = {}
+    seen: set[str] = set()
     sizes: dict[Any, tuple[int, int] | None] = {}
     for place, entry in enumerate(data["images"]):
         try:
@@ -278,8 +279,11 @@ def _files(data: dict[str, Any], path: Path, problems: Problems) -> tuple[dict[A
         if number in files:
             problems.setdefault("image ids that are there twice (the first is kept)", []).append(f"{file}: id {number}")
             continue
+        if file in seen:
+            problems.setdefault("files that are listed twice (both kept)", []).append(f"{file}: id {number}")
+        seen.add(file)
         width, height = entry.get("width"), entry.get("height")
-        whole = all(isinstance(side, int | float) and side >= 1 and side == int(side) for side in (width, height))
+        whole = all(isinstance(v, int | float) and 1 <= v < 2**31 and float(v).is_integer() for v in (width, height))
         files[number], sizes[number] = file, (int(width), int(height)) if whole else None
     if not files:
         raise InputError(f"{path} lists no images")
