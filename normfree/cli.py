@@ -227,6 +227,35 @@ def detect_eval(
     print(f"{len(found.counts)} images, {len(found.results)} detections; {losses}")
 
 
+def detect_predict(
+    weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
+    paths: Annotated[tuple[str, ...], Positional, arg(metavar="PATH...")],
+    out: str | None = None,
+    pictures: str | None = None,
+    min_score: float | None = None,
+    draw_score: float = 0.5,
+    device: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Find objects in images: a table on standard output, or a file; and pictures with the objects drawn.
+
+    Args:
+        weights: Weight file of a detector, or its run folder.
+        paths: Images and folders of images.
+        out: File to write: .json, COCO results; .jsonl, a line for each image; .csv, a row for each object.
+        pictures: New folder for the images with boxes, masks, names and scores drawn.
+        min_score: Least score of what is given, 0 to 1; None: the detector's.
+        draw_score: Least score of what is drawn, 0 to 1.
+        device: cuda, mps or cpu; None: the first that is there.
+        workers: Processes that read images.
+    """
+    if not paths:
+        raise InputError("detect predict needs images: normfree detect predict WEIGHTS PATH ...")
+    from normfree.deploy.detect import write_detections
+
+    write_detections(weights, paths, out, pictures, min_score, draw_score, device, workers)
+
+
 def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") -> None:
     """The networks as a table; multiply-adds are for one image at the training and at the test pixels.
 
@@ -371,6 +400,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": verb("predict", predict),
     "detect train": detect_train,
     "detect eval": verb("detect eval", detect_eval),
+    "detect predict": verb("detect predict", detect_predict),
     "data check": verb("data check", check_data),
     "data pack": verb("data pack", pack_data),
     "models": verb("models", models),
