@@ -93,17 +93,13 @@ def open_image(source: ImageSource) -> Iterator[Image.Image]:
 def _plain_failures(source: ImageSource) -> Iterator[None]:
     """Turns whatever Pillow raises into `UnreadableImage`; its warnings, about odd metadata, are ignored."""
     try:
-        _ignore_pillows_warnings()
+        # a filter for good: `warnings.catch_warnings` is not safe with threads
+        if ("ignore", None, _PILLOW, Warning, 0) not in warnings.filters:
+            warnings.filterwarnings("ignore", category=Warning, module=_PILLOW.pattern)
         yield
     except Exception as error:  # decoders raise nearly every type for damaged files
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
         raise UnreadableImage(name, _reason(error, source)) from None
-
-
-def _ignore_pillows_warnings() -> None:
-    """Adds a filter for good, since `warnings.catch_warnings` is not safe with threads."""
-    if ("ignore", None, _PILLOW, Warning, 0) not in warnings.filters:
-        warnings.filterwarnings("ignore", category=Warning, module=_PILLOW.pattern)
 
 
 def _open(source: ImageSource) -> Image.Image:

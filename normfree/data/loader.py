@@ -371,7 +371,9 @@ def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
         except EOFError:  # the main process has ended
             return
         except Exception as error:
-            batch = _noted(error)
+            if not isinstance(error, InputError):  # for users, one line is enough
+                error.add_note("in a data worker:\n" + traceback.format_exc())
+            batch = error
         try:
             pipe.send(batch)
         except BrokenPipeError:
@@ -380,12 +382,6 @@ def _work(reader: Callable[[Any], Any], pipe: Connection) -> None:
             kind, remedy = (WorkerDied, f": {_FREE_SHARED}") if type(error) is RuntimeError else (RuntimeError, "")
             pipe.send(kind(f"a data worker cannot send what it has read ({error}){remedy}"))
         del batch  # frees its shared memory
-
-
-def _noted(error: Exception) -> Exception:
-    if not isinstance(error, InputError):  # for users, one line is enough
-        error.add_note("in a data worker:\n" + traceback.format_exc())
-    return error
 
 
 def _end_with_parent() -> None:

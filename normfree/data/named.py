@@ -78,7 +78,10 @@ def find_named(name: str) -> Splits | Path:
             shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted download
             try:
                 if name == "fashion_mnist" and FASHION_MNIST_FOLDER.is_dir():
-                    _unpack_fashion_mnist(unfinished / "FashionMNIST" / "raw")
+                    raw = unfinished / "FashionMNIST" / "raw"
+                    raw.mkdir(parents=True)
+                    for packed in FASHION_MNIST_FOLDER.glob("*.gz"):
+                        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
                 _splits(name, unfinished, download=True)
             except Exception as error:  # torchvision, network and archives raise any type
                 reason = one_line(error)
@@ -141,9 +144,3 @@ def _mnist5k() -> tuple[LabelledImages, LabelledImages]:
     shuffled = sorted(range(len(table)), key=lambda row: (table[row, 784], name_hash(0, names[row])))
     held_out = {row for place, row in enumerate(shuffled) if place % 500 < 100}
     return images.subset([row for row in range(len(table)) if row not in held_out]), images.subset(sorted(held_out))
-
-
-def _unpack_fashion_mnist(raw: Path) -> None:
-    raw.mkdir(parents=True)
-    for packed in FASHION_MNIST_FOLDER.glob("*.gz"):
-        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))

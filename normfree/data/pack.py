@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,17 +77,12 @@ def pack(
 def each(images: Samples, indices: Sequence[int], function: Job, workers: int) -> Iterator[Any]:
     """`function(images, index)` for every index, in order, in `workers` processes (0: in this one)."""
     chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
-    for results in read_batches(_Each(images, function), chunks, workers):
+    for results in read_batches(partial(_all, function, images), chunks, workers):
         yield from results
 
 
-@dataclass(frozen=True)
-class _Each:
-    images: Samples
-    function: Job
-
-    def __call__(self, indices: Sequence[int]) -> list[Any]:
-        return [self.function(self.images, index) for index in indices]
+def _all(function: Job, images: Samples, indices: Sequence[int]) -> list[Any]:
+    return [function(images, index) for index in indices]
 
 
 def _pack_split(
@@ -97,9 +91,8 @@ def _pack_split(
     """Writes the shards STEM-000000.tar, ... that are missing; yields the number of images done so far."""
     order = sorted(range(len(images)), key=lambda index: name_hash(0, images.name(index)))
     number = start = size = 0
-    while index := Index.load(
-        index_file(f"{stem}-{number:06d}.tar")
-    ):  # written after its shard, which is therefore whole
+    # an index is written after its shard, which is therefore whole
+    while index := Index.load(index_file(f"{stem}-{number:06d}.tar")):
         start, number = 1 + order.index(int(index.keys[-1].partition(b"-")[0])), number + 1
     entries: list[tuple[str, bytes]] = []
     for position, item in enumerate(each(images, order[start:], stored, workers), start):

@@ -79,10 +79,8 @@ def strengths(magnitude: float, style: AugmentStyle, width: int, height: int) ->
     if style == "paper":
         result |= dict.fromkeys(_ENHANCING, 1.8 * level + 0.1)
         result |= {"TranslateX": 100 * level, "TranslateY": 100 * level, "Cutout": int(level * 40)}
-        result |= {"Posterize": int(level * 4)}
-        result |= {
-            "Solarize": int(level * 256) % 256
-        }  # a threshold of 256 does not fit into uint8, and NumPy wrapped it
+        # a threshold of 256 does not fit into uint8, and NumPy wrapped it
+        result |= {"Posterize": int(level * 4), "Solarize": int(level * 256) % 256}
     else:
         result |= dict.fromkeys(_ENHANCING, 0.9 * level)
         result |= {"TranslateX": round(100 * level * width / _REFERENCE_PX)}
@@ -124,14 +122,6 @@ def _posterize(image: Image.Image, bits: float) -> Image.Image:
     return _point(image, _LEVELS >> shift << shift)
 
 
-def _solarize(image: Image.Image, threshold: float) -> Image.Image:
-    return _point(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
-
-
-def _solarize_add(image: Image.Image, addition: float) -> Image.Image:
-    return _point(image, np.where(_LEVELS < 128, np.minimum(_LEVELS + int(addition), 255), _LEVELS))
-
-
 _LEVELS = np.arange(256)
 
 
@@ -159,26 +149,17 @@ def _stretch(low: int, high: int) -> np.ndarray:
 
 
 def _color(image: Image.Image, factor: float) -> Image.Image:
-    return image if image.mode == "L" else Image.blend(_luma(image).convert("RGB"), image, factor)
-
-
-def _luma(image: Image.Image) -> Image.Image:
-    """tf.image.rgb_to_grayscale: weights other than Pillow's, times 255.5 / 255, truncated."""
+    """Blends with tf.image.rgb_to_grayscale: weights other than Pillow's, times 255.5 / 255, truncated."""
+    if image.mode == "L":
+        return image
     red, green, blue = (weight * 255.5 / 255 for weight in (0.2989, 0.587, 0.114))
-    return image.convert("L", (red, green, blue, -0.5))  # Pillow adds 0.5 and truncates
+    luma = image.convert("L", (red, green, blue, -0.5))  # Pillow adds 0.5 and truncates
+    return Image.blend(luma.convert("RGB"), image, factor)
 
 
 def _contrast(image: Image.Image, factor: float) -> Image.Image:
     """Blends with the grey level pixels / 256, at most 255: the released code averages a histogram's counts."""
     return Image.blend(_grey(image, min(image.width * image.height // 256, 255)), image, factor)
-
-
-def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return Image.blend(_grey(image, 0), image, factor)
-
-
-def _sharpness(image: Image.Image, factor: float) -> Image.Image:
-    return Image.blend(_smooth(image), image, factor)
 
 
 def _smooth(image: Image.Image) -> Image.Image:
@@ -241,10 +222,6 @@ def _slant(image: Image.Image, x: float, y: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, (1, x, 0, y, 1, 0), bilinear, fillcolor=fill)
 
 
-def _turn(image: Image.Image, degrees: float) -> Image.Image:
-    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=_ink(image, _FILL))
-
-
 APPLY: dict[AugmentStyle, dict[str, Operation]] = {
     "paper": {
         "AutoContrast": _auto_contrast,
@@ -252,21 +229,23 @@ APPLY: dict[AugmentStyle, dict[str, Operation]] = {
         "Invert": lambda image, _: ImageOps.invert(image),
         "Rotate": _rotate,
         "Posterize": _posterize,
-        "Solarize": _solarize,
+        "Solarize": lambda image, threshold: _point(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS)),
         "Color": _color,
         "Contrast": _contrast,
-        "Brightness": _brightness,
-        "Sharpness": _sharpness,
+        "Brightness": lambda image, factor: Image.blend(_grey(image, 0), image, factor),
+        "Sharpness": lambda image, factor: Image.blend(_smooth(image), image, factor),
         "ShearX": lambda image, tangent: _shear(image, tangent, 0),
         "ShearY": lambda image, tangent: _shear(image, 0, tangent),
         "TranslateX": lambda image, px: _translate(image, px, 0),
         "TranslateY": lambda image, px: _translate(image, 0, px),
-        "SolarizeAdd": _solarize_add,
+        "SolarizeAdd": lambda image, addition: _point(
+            image, np.where(_LEVELS < 128, np.minimum(_LEVELS + int(addition), 255), _LEVELS)
+        ),
     }
 }
 APPLY["pil"] = APPLY["paper"] | {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
-    "Rotate": _turn,
+    "Rotate": lambda image, degrees: image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=_ink(image, _FILL)),
     "Color": lambda image, change: ImageEnhance.Color(image).enhance(_factor(change)),
     "Contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(_factor(change)),
     "Brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(_factor(change)),

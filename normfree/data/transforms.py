@@ -173,7 +173,11 @@ class EvalTransform:
         """(C, px, px) from an L or RGB image of any size: uint8 for `center`, else float32."""
         if self.crop == "center":
             return resample(image, self._center_box(image), self.px)
-        return to_tensor(self._resize_crop(image) if self.crop == "resize_crop" else self._crop_resize(image))
+        if self.crop == "crop_resize":
+            return to_tensor(_resize_box(image, _padded_center(image.width, image.height, self.px), self.px))
+        start, size = _CROP_PADDING_PX // 2, self.px + _CROP_PADDING_PX
+        middle = slice(start, start + self.px)
+        return to_tensor(_resize(image, _keys_taps(image.height, size, middle), _keys_taps(image.width, size, middle)))
 
     def _center_box(self, image: Image.Image) -> tuple[float, float, float, float]:
         """The box to resize, so that resizing and cropping is one step: an image of 10,000 x 1 pixels must not grow."""
@@ -186,14 +190,6 @@ class EvalTransform:
             box.append((start + self.px) * side / resized)
         left, right, upper, lower = box
         return left, upper, right, lower
-
-    def _resize_crop(self, image: Image.Image) -> np.ndarray:
-        start, size = _CROP_PADDING_PX // 2, self.px + _CROP_PADDING_PX
-        middle = slice(start, start + self.px)
-        return _resize(image, _keys_taps(image.height, size, middle), _keys_taps(image.width, size, middle))
-
-    def _crop_resize(self, image: Image.Image) -> np.ndarray:
-        return _resize_box(image, _padded_center(image.width, image.height, self.px), self.px)
 
 
 def resample(image: Image.Image, box: tuple[float, float, float, float], px: int, mirrored: bool = False) -> Tensor:
@@ -229,9 +225,8 @@ def _words(address: int) -> ctypes.Array[ctypes.c_int64]:
 def _padded_center(width: int, height: int, px: int) -> Box:
     """The central square that leaves margins of 16 pixels at the scale at which it has `px`."""
     share = np.float32(px / (px + _CROP_PADDING_PX))
-    side = max(
-        1, int(share * np.float32(min(width, height)))
-    )  # the authors' code has no max and fails for an image of one pixel
+    # the authors' code has no max and fails for an image of one pixel
+    side = max(1, int(share * np.float32(min(width, height))))
     left, upper = (width - side + 1) // 2, (height - side + 1) // 2
     return left, upper, left + side, upper + side
 

@@ -116,17 +116,20 @@ class _Conv2d(Function):
         dx = dweight = dbias = None
         if dispatch.has_gradient_kernel("winograd", grad, x, weight, None, geometry):
             grad = grad.contiguous(memory_format=torch.channels_last)
+            sizes = _winograd_sizes(x, weight, geometry)
             if needs_dx:
-                dx = _winograd_input_gradient(x, grad, weight, geometry, apply_gelu)
+                dx, pre_activation = torch.empty_like(x), x if apply_gelu else None
+                dispatch.run("winograd", dx, weight, None, pre_activation, grad, *sizes, True)
             if needs_dweight:
                 activated = gelu(x) if apply_gelu else x
-                dweight, dbias = _winograd_filter_gradient(activated, grad, weight, geometry, needs_dbias)
+                dweight, dbias = _filter_gradient("winograd", activated, grad, weight, needs_dbias, *sizes)
         elif dispatch.has_gradient_kernel("conv1x1", grad, x, weight, None, geometry):
             grad = grad.contiguous(memory_format=torch.channels_last)
             if needs_dx:
                 dx = _conv1x1(grad, weight, pre_activation=x if apply_gelu else None, transposed=True)
             if needs_dweight:
-                dweight, dbias = _conv1x1_filter_gradient(x, grad, weight, needs_dbias, apply_gelu)
+                sizes = (grad[:, 0].numel(), weight.shape[1], weight.shape[0], apply_gelu)
+                dweight, dbias = _filter_gradient("conv1x1", x, grad, weight, needs_dbias, *sizes)
         elif needs_dx or needs_dweight:
             activated, (stride, padding, dilation, groups, pads) = gelu(x) if apply_gelu else x, geometry
             needed = [needs_dx, needs_dweight, False]
@@ -140,9 +143,13 @@ class _Conv2d(Function):
         return dx, None, dweight, dbias, None, None, None
 
 
-def _empty_gradients(weight: Tensor, needs_dbias: bool) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised dweight, in the memory format of the weight, and dbias if it is needed."""
-    return torch.empty_like(weight), weight.new_empty(weight.shape[0]) if needs_dbias else None
+def _filter_gradient(
+    kernel: str, x: Tensor, grad: Tensor, weight: Tensor, needs_dbias: bool, *sizes: int
+) -> tuple[Tensor, Tensor | None]:
+    """dweight, in the memory format of the weight, and dbias (out,) if it is needed, in one pass over the pixels."""
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0]) if needs_dbias else None
+    dispatch.run(f"{kernel}_filter_gradient", x, grad, dweight, dbias, *sizes)
+    return dweight, dbias
 
 
 def _conv1x1(
@@ -167,16 +174,6 @@ def _conv1x1(
     return y
 
 
-def _conv1x1_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, needs_dbias: bool, apply_gelu: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dweight (out, in, 1, 1) and, if it is needed, dbias (out,), in one pass over the pixels."""
-    dweight, dbias = _empty_gradients(weight, needs_dbias)
-    sizes = (grad[:, 0].numel(), weight.shape[1], weight.shape[0])
-    dispatch.run("conv1x1_filter_gradient", x, grad, dweight, dbias, *sizes, apply_gelu)
-    return dweight, dbias
-
-
 def _winograd_sizes(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
     """The sizes that the Winograd kernels take; `x` is the input of the convolution."""
     (stride, _), (rows, columns), _, groups, pads = geometry
@@ -192,17 +189,3 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     dispatch.run("winograd", x, weight, bias, None, y, *_winograd_sizes(x, weight, geometry), False)
     return y
-
-
-def _winograd_input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, apply_gelu: bool) -> Tensor:
-    dx, pre_activation = torch.empty_like(x), x if apply_gelu else None
-    dispatch.run("winograd", dx, weight, None, pre_activation, grad, *_winograd_sizes(x, weight, geometry), True)
-    return dx
-
-
-def _winograd_filter_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry, needs_dbias: bool
-) -> tuple[Tensor, Tensor | None]:
-    dweight, dbias = _empty_gradients(weight, needs_dbias)
-    dispatch.run("winograd_filter_gradient", x, grad, dweight, dbias, *_winograd_sizes(x, weight, geometry))
-    return dweight, dbias
