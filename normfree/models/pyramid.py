@@ -14,7 +14,6 @@ from normfree.layers import Activation, Conv2d, WSConv2d, convolve
 from normfree.models.bn_resnet import BNAct
 from normfree.models.network import Network
 from normfree.models.table import defaults
-from normfree.weights import ModelInfo
 
 
 class FeaturePyramid(nn.Module):
@@ -22,11 +21,11 @@ class FeaturePyramid(nn.Module):
 
     Each map passes `entries`, as the backbone's next block would have it, then a 1x1 convolution (`inner_blocks`); the
     sum with the coarser levels passes a 3x3 convolution (`layer_blocks`). P6 is every second pixel of P5. At
-    initialisation all have variance 1: `scales` are those of the maps, and a sum of n levels counts 1 / sqrt(n). The
-    scalars multiply the weights: standardized ones always, plain ones when they are drawn.
+    initialisation all have variance 1: `scales` bring the four maps there, and a sum of n levels counts 1 / sqrt(n).
+    The scalars multiply the weights: standardized ones always, plain ones when they are drawn.
 
     Args:
-        in_channels, entries, scales: of the four maps; a scale is a number, or a tensor that is to be kept in files.
+        in_channels, entries, scales: of the four maps; a scale is a number, or a tensor, which files keep.
         standardize: weight standardization, else plain convolutions.
     """
 
@@ -100,10 +99,8 @@ class PyramidBackbone(nn.Module):
                 "features_only=True, out_indices=(1, 2, 3, 4)"
             )
         self.out_channels, in_channels = channels, cast(list[int], list(info.channels()))
-        if isinstance(body, Network) and body.info is not None:  # None: it was converted
-            entries, scales = _next_block(body, body.info, in_channels, standardize)
-        else:
-            entries, scales = [nn.Identity() for _ in in_channels], _measured(body, standardize)
+        entries = _entries(body, in_channels)
+        scales = _scales(body, entries, standardize)
         self.body = body
         self.fpn = FeaturePyramid(in_channels, entries, scales, channels, standardize)
 
@@ -112,39 +109,48 @@ class PyramidBackbone(nn.Module):
         return self.fpn(self.body(x))
 
 
-def _next_block(
-    body: Network, info: ModelInfo, channels: list[int], standardize: bool
-) -> tuple[list[nn.Module], list[float]]:
-    """What the first layers of another block would do with each map: activation, or BN and activation, and its scale.
-
-    The maps are taken before the activation. In normalizer-free networks their variance is 1 + n α² after n blocks.
-    """
-    options = defaults(info.architecture) | info.overrides
-    act = Activation(options["activation"])
-    scale = act.gamma if standardize else _root_mean_square(act) ** -1
-    if body.final_norm:
-        return [BNAct(c, act.name) for c in channels], [scale] * 4
-    blocks: list[Any] = [list(stage.children()) for stage in body.stages]
-    betas = [(1 + sum(block.alpha**2 for block in stage)) ** -0.5 for stage in blocks]
-    return [Activation(act.name) for _ in channels], [scale * beta for beta in betas]
-
-
-def _root_mean_square(act: Activation) -> float:
-    """Of act(x) for x ~ N(0, 1): plain filters do not subtract the mean, as standardized ones do."""
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
-    density = torch.exp(-(x**2) / 2)
-    return float(((act.function(x) ** 2 * density).sum() / density.sum()).sqrt())
+def _entries(body: nn.Module, channels: Sequence[int]) -> list[nn.Module]:
+    """What another block would begin with: the activation, as the maps are taken before it, in BN twins after BN."""
+    if not isinstance(body, Network) or body.info is None:  # None: it was converted
+        return [nn.Identity() for _ in channels]
+    name = (defaults(body.info.architecture) | body.info.overrides)["activation"]
+    return [BNAct(c, name) if body.final_norm else Activation(name) for c in channels]
 
 
 @torch.no_grad()
-def _measured(body: nn.Module, standardize: bool) -> list[float | Tensor]:
-    """One over the deviation of each map for noise from N(0, 1): around the mean of a pixel's channels if standardized
-    filters follow, which subtract it, else around 0."""
+def _scales(body: nn.Module, entries: Sequence[nn.Module], standardize: bool) -> list[float | Tensor]:
+    """One over the deviation of each map after its entry: around the mean of a pixel's channels if standardized
+    filters follow, which subtract it, else around 0.
+
+    It is measured, as β is too far off: a network's shortcuts average, which takes variance away, and training changes
+    it. After batch normalization it is known.
+    """
+
+    def scale(x: Tensor) -> Tensor:
+        return (x.var(1, correction=0).mean() if standardize else x.square().mean()).rsqrt()
+
+    if isinstance(entries[0], BNAct):
+        x = torch.randn(1, 1000, 100, generator=torch.Generator().manual_seed(0), device="cpu")
+        return [scale(cast(BNAct, entry).function(x)).item() for entry in entries]
     first = next(p for p in body.parameters() if p.ndim == 4)
-    x = torch.randn(2, first.shape[1], 224, 224, generator=torch.Generator().manual_seed(0))
+    if first.is_meta:
+        return [torch.ones(()) for _ in entries]
     modes = {module: module.training for module in body.modules()}
-    maps = body.eval()(x.to(first))
+    maps = body.eval()(_pictures(first.shape[1]).to(first))
     for module, mode in modes.items():
         module.training = mode
-    squares = [x.var(1, correction=0).mean() if standardize else x.square().mean() for x in maps]
-    return [square.rsqrt() for square in squares]
+    return [scale(entry(x)) for entry, x in zip(entries, maps, strict=True)]
+
+
+def _pictures(channels: int) -> Tensor:
+    """(4, channels, 128, 128) of variance 1, correlated like photographs: noise at seven scales, mostly grey.
+
+    White noise would fade in pooling as photographs do not. The weights were fitted to photographs: their maps have
+    0.7 to 1.4 times the deviation of these in untrained and trained networks (docs/detection.md).
+    """
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(4, channels, 128, 128)
+    for level, weight in enumerate((0.6, 1, 1, 1, 1, 1, 2.5), 1):
+        grey, colour = (torch.randn(4, c, 128 >> level, 128 >> level, generator=generator) for c in (1, channels))
+        total += weight * F.interpolate(0.8**0.5 * grey + 0.2**0.5 * colour, 128, mode="nearest")
+    return total / total.std()

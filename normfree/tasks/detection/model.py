@@ -20,6 +20,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from normfree.data.coco import resized
 from normfree.errors import InputError
 from normfree.layers import ACTIVATIONS, WSConv2d, WSConvTranspose2d
 from normfree.models.files import ZOO, bare, from_weights, full_state, rows_kept
@@ -95,7 +96,7 @@ class Detector(MaskRCNN):
         box_predictor = FastRCNNPredictor(4 * channels, num_classes + 1)
         mask_predictor = MaskRCNNPredictor(channels, channels, num_classes + 1)
         if standardize:
-            _standardize(rpn_head, box_head, mask_head, mask_predictor)
+            _standardize(rpn_head, box_head, box_predictor, mask_head, mask_predictor)
         super().__init__(
             backbone,
             min_size=min_px,
@@ -144,7 +145,7 @@ class Detector(MaskRCNN):
         return found
 
     def losses(self, images: Images, targets: Targets) -> dict[str, Tensor]:
-        """ "loss" and its parts by torchvision's names, in training or evaluation mode.
+        """The sum "loss" and its parts by torchvision's names, in training or evaluation mode.
 
         `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`, `loss_box_reg`, `loss_mask`. Images are not resized.
         """
@@ -243,9 +244,17 @@ def _check_options(
 
 
 def _standardize(
-    rpn_head: RPNHead, box_head: TwoMLPHead, mask_head: MaskRCNNHeads, mask_predictor: MaskRCNNPredictor
+    rpn_head: RPNHead,
+    box_head: TwoMLPHead,
+    box_predictor: FastRCNNPredictor,
+    mask_head: MaskRCNNHeads,
+    mask_predictor: MaskRCNNPredictor,
 ) -> None:
-    """Weight standardization of the convolutions, with the γ of the ReLU before them; linear layers keep the signal."""
+    """Weight standardization of the convolutions, with the γ of the ReLU before them.
+
+    Linear layers keep the variance. More reaches the predictors than in torchvision, with whose initial values losses
+    would be large (the mask loss of one class 4). Theirs are those of detectron2.
+    """
     gamma, channels = ACTIVATIONS["relu"][1], rpn_head.cls_logits.in_channels
     for i, block in enumerate([rpn_head.conv[0], *mask_head]):
         scale = gamma if i > 1 else 1.0  # the first of either head follows no activation
@@ -254,6 +263,10 @@ def _standardize(
     for fc in (box_head.fc6, box_head.fc7):
         nn.init.kaiming_normal_(fc.weight, nonlinearity="relu")
         nn.init.zeros_(fc.bias)
+    stds = {box_predictor.cls_score: 0.01, box_predictor.bbox_pred: 0.001, mask_predictor.mask_fcn_logits: 0.001}
+    for layer, std in stds.items():
+        nn.init.normal_(cast(Tensor, layer.weight), std=std)
+        nn.init.zeros_(cast(Tensor, layer.bias))
 
 
 def _pooler(side: int, reductions: Sequence[int], anchor_px: int) -> MultiScaleRoIAlign:
@@ -278,8 +291,7 @@ def _in_float32(module: nn.Module, args: Any, out: Any) -> Any:
 
 def _size(image: Tensor, min_px: int, max_px: int) -> tuple[int, int]:
     """(height, width) after the resize."""
-    factor = min(min_px / min(image.shape[-2:]), max_px / max(image.shape[-2:]))
-    height, width = (max(1, round(side * factor)) for side in image.shape[-2:])
+    width, height = resized(image.shape[-1], image.shape[-2], min_px, max_px)
     return height, width
 
 
@@ -490,10 +502,10 @@ def detector_of(weights: Weights, path: str | os.PathLike) -> Detector:
 
 
 def _outline(info: ModelInfo, path: str | os.PathLike) -> Detector:
-    """The detector that a header describes, with other weights; InputError for an impossible header."""
+    """The detector that a header describes, without memory; InputError for an impossible header."""
     options: dict[str, Any] = dict(num_classes=info.num_classes, in_channels=info.in_channels, weights=None)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
             model = create_detector(**info.overrides, **options)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: {error}") from None
