@@ -36,7 +36,9 @@ def draw(
     masks: Tensor | Sequence[Mapping[str, Any]] | None = None,
     min_score: float = 0.0,
 ) -> Image.Image:
-    """A copy of `image` with its objects, one colour for each class: `draw(image, **detections, class_names=names)`.
+    """A copy of `image` with its objects drawn: `draw(image, **detections, class_names=names)`.
+
+    Each class has a colour of its own; if there is one class alone, each object has.
 
     Images below 667 pixels are enlarged by a whole number, so that captions do not hide their objects.
 
@@ -57,7 +59,8 @@ def draw(
     keep.sort(key=lambda i: -(corners[i][2] - corners[i][0]) * (corners[i][3] - corners[i][1]))
     side = (picture.width * picture.height) ** 0.5
     line = max(1, round(side / 400))
-    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels.tolist()]
+    kinds = [label - 1 for label in labels.tolist()] if len(class_names) > 1 else range(len(labels))
+    colours = [_COLOURS[kind % len(_COLOURS)] for kind in kinds]
     if masks is not None:
         pixels = np.array(picture)
         for i, mask in zip(keep, _masks(masks, boxes, keep, small), strict=True):
