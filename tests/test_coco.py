@@ -748,6 +748,16 @@ def test_boxes_stay_inside_and_positive(
         assert out["masks"].shape == (len(out["boxes"]), *pixels.shape[1:])
 
 
+def test_objects_that_have_vanished_are_dropped() -> None:
+    """As where float32 makes a thin box empty: torchvision's networks refuse those."""
+    image, target = sample()
+    target = target | {"boxes": torch.tensor([[5.0, 5, 5, 9], [50, 30, 60, 40]])}
+    _, out = DetectionTransform(40, 60, flip=False)(image, target, numpy_rng())
+    assert out["boxes"].tolist() == [[50, 30, 60, 40]]
+    assert out["labels"].tolist() == [2]
+    assert torch.equal(out["masks"], target["masks"][1:])
+
+
 def test_all_chance_comes_from_the_generator() -> None:
     image, target = sample()
     transform = DetectionTransform(32, 48, scale=(0.3, 2.0), crop=True)
@@ -886,6 +896,8 @@ def test_a_changed_annotation_is_noticed(tmp_path: Path) -> None:
         message = changed(before, now)
         assert message is not None, edit
         assert message.endswith("or with other annotations")
+    larger = [{"id": 1, "file_name": "a.png", "width": 41, "height": 30}]
+    assert changed(before, inventory(train=read(tmp_path, one(), one(id=2), images=larger))) is not None
     assert json.loads(json.dumps(before)) == before
 
 
