@@ -333,7 +333,7 @@ def check_data(
     """Read every image of a data set. Exit code 1 if one cannot be read, or is in training and in validation.
 
     Args:
-        data: What `normfree train` takes: an image folder, tar shards, a name, ...
+        data: What `normfree train` or `detect train` takes: an image folder, tar shards, COCO annotations, a name, ...
         out: File to write the whole report to, as JSON.
         workers: Processes that read; None: one less than the cores.
     """
