@@ -324,7 +324,8 @@ def signal(
     """
     from normfree.analysis.signal import report_signal
 
-    report_signal(models, data, px, batch, seed, skip_gain, plot, json, device)
+    options = dict(data=data, px=px, batch=batch, seed=seed, skip_gain=skip_gain, device=device)
+    report_signal(models, plot, json, **options)
 
 
 def check_data(

@@ -312,23 +312,13 @@ def plot_signal(tables: Mapping[str, SignalTable], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report_signal(
-    names: Sequence[str],
-    data: str | None,
-    px: int | None,
-    batch: int,
-    seed: int,
-    skip_gain: float | None,
-    plot: str | None,
-    json_file: str | None,
-    device: str | None,
-) -> None:
-    """Prints `measure_models`, and writes the plot and JSON file if named."""
+def report_signal(names: Sequence[str], plot: str | None, json_file: str | None, **options: Any) -> None:
+    """Prints `measure_models` with its `options`, and writes the plot and JSON file if named."""
     if not names:
         raise InputError("signal needs a network: normfree signal MODEL ...")
     check_writable(plot, "--plot", endings=PLOT_SUFFIXES, replace=True)
     check_writable(json_file, "--json", replace=True)
-    tables = measure_models(names, data, px, batch, seed, skip_gain, device)
+    tables = measure_models(names, **options)
     print(format_signals(tables))
     if plot is not None:
         plot_signal(tables, plot)

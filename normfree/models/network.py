@@ -410,16 +410,12 @@ class Network(nn.Module):
         if self.info is None:
             return cfg
         info, reduction = self.info, self.feature_info[-1]["reduction"]
-
-        def square(side: int) -> tuple[int, int]:
-            return side, side
-
         crop = info.crop_fraction if info.eval_crop == "center" else info.eval_px / (info.eval_px + 32)
         return cfg | dict(
             architecture=info.architecture,
-            input_size=(info.in_channels, *square(info.train_px)),
-            test_input_size=(info.in_channels, *square(info.eval_px)),
-            pool_size=square(-(-info.train_px // reduction)),
+            input_size=(info.in_channels, info.train_px, info.train_px),
+            test_input_size=(info.in_channels, info.eval_px, info.eval_px),
+            pool_size=(-(-info.train_px // reduction),) * 2,
             mean=info.mean,
             std=info.std,
             interpolation="bicubic",
