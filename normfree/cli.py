@@ -224,7 +224,7 @@ def detect_eval(
         print(f"warning: not counted: {line}", file=sys.stderr)
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in found.losses.items())
     print(*found.lines(), sep="\n")
-    print(f"{len(found.counts)} images, {len(found.results)} detections; {losses}")
+    print(f"{len(found.counts)} images, {len(found.results)} detections{losses and f'; {losses}'}")
 
 
 def detect_predict(
@@ -438,7 +438,8 @@ def _join_lines(target: Any) -> None:
 
     if not dataclasses.is_dataclass(target):
         return
-    texts = {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(target).params}
+    parsed = [docstring_parser.parse_from_object(cls) for cls in reversed(target.__mro__[:-1])]
+    texts = {p.arg_name: p.description or "" for docstring in parsed for p in docstring.params}
     for option in dataclasses.fields(target):
         _join_lines(typing.get_type_hints(target)[option.name])
         option.metadata = types.MappingProxyType({"help": " ".join(texts.get(option.name, "").split())})

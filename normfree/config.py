@@ -142,8 +142,7 @@ class OptimConfig:
     """The optimizer, by default the paper's: Nesterov SGD with adaptive gradient clipping, warm-up and cosine decay."""
 
     epochs: Chosen[float] = 20
-    """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
-    `--mix-pairs batch`."""
+    """Passes over the training images."""
     steps: int | None = None
     """Length of the run in steps; None: `epochs`."""
     batch_size: Chosen[int] = 64
@@ -151,7 +150,7 @@ class OptimConfig:
     micro_batch: Chosen[int | None] = None
     """Images that pass through the network at once; gradients are accumulated. Lower it to save memory; None: all."""
     lr: Chosen[float] = 0.1
-    """Peak learning rate; the paper's is 0.1 * batch / 256."""
+    """Peak learning rate, after the warm-up."""
     warmup_epochs: Chosen[float] = 1.0
     """Epochs in which the learning rate rises from 0."""
     warmup_steps: int | None = None
@@ -212,6 +211,11 @@ class OptimConfig:
 class ClassifierOptim(OptimConfig):
     """The optimizer of a classifier, and its loss."""
 
+    epochs: Chosen[float] = 20
+    """Passes over the training images; with MixUp or CutMix two passes each, since every image is made of two, but for
+    `--mix-pairs batch`."""
+    lr: Chosen[float] = 0.1
+    """Peak learning rate; the paper's is 0.1 * batch / 256."""
     label_smoothing: float = 0.1
     """Share of the label that is distributed over all classes."""
     balance: Chosen[float] = 0.0
@@ -305,9 +309,9 @@ class DetectorConfig:
     init: str | None = None
     """Weight file or run folder to start from: of a classifier, for the backbone, or of a detector."""
     freeze_stages: int = 0
-    """How many stages of the backbone keep their weights, 0 to 4; with 1 or more the stem keeps its own, too."""
+    """How many of the backbone's four stages keep their weights, 0 to 4; with 1 or more, so does the stem; 4: all."""
     masks: Chosen[bool] = True
-    """Whether to predict a mask for each object, or its box alone."""
+    """Mask R-CNN, which predicts a mask for each object; without, Faster R-CNN: boxes alone."""
     channels: Chosen[int] = 256
     """Channels of the pyramid and of the convolutions in the heads; the box head has four times as many units."""
     standardize: bool = True
@@ -328,14 +332,14 @@ class DetectorConfig:
         check_range("anchor-px", self.anchor_px, 4, 256)
         _need(self.rois >= 1, f"rois {self.rois}: at least 1")
         _need(self.max_detections >= 1, f"max-detections {self.max_detections}: at least 1")
-        check_range("min-score", self.min_score, 0, 1)
+        _need(0 <= self.min_score < 1, f"min-score {self.min_score}: from 0 to less than 1")
 
 
 @dataclass(frozen=True)
 class DetectionData:
     """The images and their objects."""
 
-    path: Annotated[str, Positional, arg(metavar="DATA")] = ""
+    path: Annotated[str, Positional, arg(metavar="DATA", help_behavior_hint="")] = ""
     """Folder with COCO annotations beside its images, a Roboflow export or Pascal VOC, or one COCO file (.json); see
     docs/detection.md."""
     validation_fraction: float = 0.1
@@ -343,15 +347,16 @@ class DetectionData:
     strict: bool = False
     """Refuse data with any unusable annotation, instead of leaving it out."""
     px: Chosen[int] = 800
-    """Short side of the images in pixels, in training and evaluation."""
+    """Short side to which images are resized, in training and evaluation, in pixels."""
     max_px: Chosen[int] = 1333
-    """Longest side of the images in pixels; longer ones are made smaller."""
+    """Limit of the long side in pixels: where it would be longer, the whole image is made smaller."""
     flip: bool = True
     """Mirror half of the training images."""
     scale: Chosen[tuple[float, float]] = (1.0, 1.0)
-    """Range of the random factor by which training images are resized."""
+    """Range of the random factor by which training images are larger or smaller than `--px` makes them."""
     crop: bool = False
-    """Cut a random square of `px` out of each resized training image: large-scale jitter with `--scale 0.1 2`."""
+    """Train on random squares of `--px`, where factor 1 fits the whole image in; with `--scale 0.1 2`, large-scale
+    jitter."""
     max_unreadable: float = 0.05
     """Stop if more than this share of the training images cannot be read."""
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import normfree
-from normfree.cli import Train, main, option_names
+from normfree.cli import Train, TrainDetector, main, option_names
 from normfree.config import ClassificationRun
 from normfree.engine.checkpoint import check_free
 from normfree.errors import InputError
@@ -350,17 +350,22 @@ def test_a_full_standard_output_is_one_line():
     assert done.stderr.lower() == "normfree: [errno 28] no space left on device\n"
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "predict", "models"])
+@pytest.mark.parametrize(
+    "verb", ["train", "eval", "predict", "models", "detect train", "detect eval", "detect predict"]
+)
 def test_verb_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
     assert f"usage: normfree {verb}" in out
-    if verb == "train":
-        assert all(option.replace("--no-", "--") in out for option in option_names(Train) if option != "--path")
+    if verb.endswith("train"):
+        target, network, px = (Train, "model", "train-px") if verb == "train" else (TrainDetector, "backbone", "px")
         text = " ".join(out.replace("│", " ").split())
-        for option in ("model", "epochs", "batch-size", "lr", "train-px", "clipping", "eval-every"):
+        for option in option_names(target):
+            if option != "--path" and "--no-" not in option:
+                assert len(text.split(f" {option}", 1)[1].split("(default")[0].split()) > 4, option
+        for option in (network, "epochs", "batch-size", "lr", px, "clipping", "eval-every"):
             words = text.split(f" --{option} ")[1].split(" --")[0]
             assert "(default: chosen)" in words, option
         lines = [line.strip("│ ") for line in out.splitlines()]

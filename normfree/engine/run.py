@@ -207,15 +207,16 @@ def estimated_seconds(job: Job) -> float:
     again, _ = _seconds_to_read(job)  # samples in memory need no decoding
     part, share = task.split(batch, plan.micro_batch or plan.batch_size)[0]
     device = next(task.model.parameters()).device
-    task.model.eval()  # leaves batch statistics and random numbers alone
+    task.model.eval()  # leaves batch statistics alone
     passes: list[float] = []
-    while len(passes) < 4 or (sum(passes) < 2 and len(passes) < 20):
-        began = time.monotonic()
-        task.loss(task.model, part)["loss"].backward()
-        task.model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        passes.append(time.monotonic() - began)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        while len(passes) < 4 or (sum(passes) < 2 and len(passes) < 20):
+            began = time.monotonic()
+            task.loss(task.model, part)["loss"].backward()
+            task.model.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            passes.append(time.monotonic() - began)
     network = statistics.mean(passes[2:]) / share  # the first ones allocate memory
     workers = max(job.workers, 1)
 

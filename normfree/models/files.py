@@ -36,7 +36,7 @@ def read_any(path: str | os.PathLike, name: str | None = None, overrides: Mappin
     """`normfree.weights.read.read` for the networks of this package; InputError for a detector."""
     weights = read(path, ZOO, name, overrides)
     if weights.info.architecture == DETECTOR:
-        raise InputError(f"{path} is a detector: use `normfree detect predict`, or normfree.load in Python")
+        raise InputError(f"{path} is a detector: use the verbs of `normfree detect`, or normfree.load in Python")
     return weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,7 @@ def small(path: str) -> DetectionRun:
     Source: our measurements on penn-fudan, docs/detection.md.
     Command: `normfree detect train DATA --recipe detect_small`, or without a recipe, which adapts it to the data.
     Cost: 102 images at 320 px, 100 epochs: about 30 minutes on two cores.
+    Expected: what docs/detection.md shows.
     """
     return DetectionRun(
         DetectionData(path, px=320, max_px=640, scale=(0.8, 1.25)),
@@ -111,7 +113,7 @@ def choose_detection(
     if given.get("masks") and not scenes.masks:
         raise InputError("--masks needs a mask for each training object, and some have boxes alone")
     fixed = dict(implied) | dict(given)
-    run = base or small(str(given["path"]))
+    run = start = base or small(str(given["path"]))
     reasons: list[Reason] = []
 
     def take(text: str | None, **options: Any) -> None:
@@ -126,36 +128,62 @@ def choose_detection(
     if not scenes.masks:
         take("boxes alone, without a mask head: not every object has a mask", masks=False)
     if base is None:
-        _network(run, scenes, place, take)
-        _batch(run, place, take)
-    elif run.optim.batch_size != base.optim.batch_size:
-        lr = base.optim.lr * run.optim.batch_size / base.optim.batch_size
+        _network(scenes, place, take)
+        _batch(scenes, place, take)
+    px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
+    if "px" in fixed:
+        px, max_px = fixed["px"], round(max_px * fixed["px"] / px)
+    px = min(px, fixed.get("max_px", px))
+    changed = base is None or (px, max_px) != (base.data.px, base.data.max_px)
+    take(
+        f"short side {px} px, long side up to {fixed.get('max_px', max_px)} px" if changed else None,
+        px=px,
+        max_px=max_px,
+    )
+    _update(run, start, take)
+    if base is not None and run.optim.batch_size != base.optim.batch_size:
+        lr = run.optim.lr * run.optim.batch_size / base.optim.batch_size
         take(f"learning rate {lr:.3g}, in proportion to the batch", lr=lr)
-    if run.optim.steps is None and base is None:
+    if run.optim.steps is None and "epochs" not in fixed and base is None:
         _length(run, scenes, place, take)
     o = run.optim
     epochs = o.epochs if o.steps is None else o.steps * o.batch_size / scenes.num_train
-    if o.warmup_steps is None and o.warmup_epochs > 0.1 * epochs:
-        take(None, warmup_epochs=0.1 * epochs)
+    if o.warmup_steps is None and o.warmup_epochs > epochs / 10:
+        take(None, warmup_epochs=epochs / 10)
     take(None, eval_every=max(1.0, float(round(epochs / EVALUATIONS))))
     return run, tuple(reasons)
 
 
-def _network(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
-    """Backbone, pixels and anchors: the smallest are half as long as what nine of ten objects exceed."""
+def _network(scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
+    """Backbone, and anchors: the smallest are half as long as what nine of ten objects exceed."""
     gpu = place.device == "cuda"
-    px = min(scenes.short_px, 800 if gpu else 320)
     what = f"images with a short side of {scenes.short_px} px, on {place.device}"
     take(f"{'nfnet_f0' if gpu else 'nfnet_micro'}: {what}", backbone="nfnet_f0" if gpu else "nfnet_micro")
-    take(f"short side {px} px", px=px, max_px=2 * px)
     if gpu:
         take(None, channels=256, rois=512, precision="bfloat16")
 
 
-def _batch(run: DetectionRun, place: Place, take: Callable[..., None]) -> None:
+def _pixels(scenes: Scenes, place: Place) -> tuple[int, int]:
+    """Short side and longest side."""
+    px = max(32, min(scenes.short_px, 800 if place.device == "cuda" else 320))
+    return px, 2 * px
+
+
+def _batch(scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
     """Batch, learning rate, λ."""
-    o = small("").optim
-    take(None, batch_size=8 if place.device == "cuda" else o.batch_size)
+    size = 8 if place.device == "cuda" else small("").optim.batch_size
+    take(None, batch_size=min(size, scenes.num_train))
+
+
+def _update(run: DetectionRun, start: DetectionRun, take: Callable[..., None]) -> None:
+    """Clipping and learning rate where another kind of clipping or optimizer is given."""
+    clip, o = run.optim.clip, run.optim
+    if clip != start.optim.clip:
+        clipping = {"agc": small("").optim.clipping, "norm": 1.0, "none": None}[clip]
+        take(f"clipping {clipping:g} for {spell('clip', clip)}" if clipping else None, clipping=clipping)
+    if o.optimizer == "adamw" != start.optim.optimizer:  # for 16 images 1e-4, as detectors of transformers are trained
+        lr = 1e-4 * math.sqrt(start.optim.batch_size / 16)
+        take(f"learning rate {lr:.3g} and weight decay 0.05 for --optimizer adamw", lr=lr, weight_decay=0.05)
 
 
 def _length(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:

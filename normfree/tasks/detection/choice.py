@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfree.config import DetectionRun, with_options
+from normfree.config import DetectionRun, spell, with_options
 from normfree.data import look_at
 from normfree.data.coco import DetectionImages, open_detection
 from normfree.engine.device import pick_device
 from normfree.errors import InputError, nearest
 from normfree.models.files import ZOO
 from normfree.native import library
-from normfree.recipes.coco import DETECTION_RECIPES, Place, Scenes, choose_detection
+from normfree.recipes.coco import BACKBONES, DETECTION_RECIPES, Place, Scenes, choose_detection
 from normfree.recipes.small import Given, Reason
-from normfree.tasks.detection.task import Detection, detector
+from normfree.tasks.detection.task import Detection, detector, held_out
 from normfree.weights.read import read
 
 _MEASURED_SECONDS = 15
@@ -31,6 +31,7 @@ def choose_recipe(name: str | None, given: Given) -> tuple[DetectionRun, tuple[R
     if name is not None and name not in DETECTION_RECIPES:
         raise InputError(f"no recipe {name!r}{nearest(name, DETECTION_RECIPES)}; known: {', '.join(DETECTION_RECIPES)}")
     loose: dict[str, Any] = {"epochs": math.inf, "warmup_epochs": 0.0, "max_px": 4 * given.get("px", 1024)}
+    loose |= {"px": max(32, min(800, given.get("max_px", 800)))}
     loose |= {"lr": max(0.1, given.get("final_lr", 0.0))} | ({"clipping": None} if given.get("clip") == "none" else {})
     draft = with_options(DetectionRun(), loose | dict(given))  # placeholders that contradict no given option
     draft.check()
@@ -38,6 +39,14 @@ def choose_recipe(name: str | None, given: Given) -> tuple[DetectionRun, tuple[R
     train_set, _ = open_detection(
         data.path, validation_fraction=data.validation_fraction, seed=draft.seed, strict=data.strict
     )
+    if "validation_fraction" in given and not held_out(train_set):
+        raise InputError(f"{spell('validation_fraction', data.validation_fraction)}: {data.path} has validation images")
+    base = DETECTION_RECIPES[name](data.path) if name else None
+    implied = _implied(draft.model.init, given)
+    backbone = (implied | dict(given)).get("backbone")
+    if base and base.model.backbone in BACKBONES and backbone not in (None, base.model.backbone):
+        what = f"--recipe {name} is for {base.model.backbone}, not {backbone}"
+        raise InputError(f"{what}: take the recipe of that name, or leave out --recipe")
 
     def images_per_s(run: DetectionRun) -> float:
         print(f"measuring, for {_MEASURED_SECONDS} seconds, how many epochs there is time for ...", file=sys.stderr)
@@ -45,8 +54,7 @@ def choose_recipe(name: str | None, given: Given) -> tuple[DetectionRun, tuple[R
             return _speed(run, train_set, device)
 
     place = Place(device.type, images_per_s if device.type == "cpu" else None)
-    base = DETECTION_RECIPES[name](data.path) if name else None
-    return choose_detection(given, _look(train_set), place, _implied(draft.model.init, given), base)
+    return choose_detection(given, _look(train_set), place, implied, base)
 
 
 def _look(images: DetectionImages) -> Scenes:

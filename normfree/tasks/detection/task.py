@@ -154,7 +154,7 @@ def build(run: DetectionRun) -> Job:
     assert model.info is not None
     model.info = replace(model.info, source=f"{COMMAND} {Path(data.path).name}", trained_on=content_sample(train_set))
     sets = {"train": train_set, "validation": validation_set}
-    recorded = {"held_out": any("held out" in note for note in train_set.notes), "images": inventory(**sets)}
+    recorded = {"held_out": held_out(train_set), "images": inventory(**sets)}
     if device.type == "cpu" and run.machine.workers is None:  # processes that read would take cores from the network
         train_set, validation_set = (_cached(images) for images in sets.values())
     task = Detection(model, train_set, validation_set, run, device)
@@ -203,6 +203,11 @@ def detector(run: DetectionRun, train_set: DetectionImages) -> Detector:
     return model.to(memory_format=torch.channels_last)
 
 
+def held_out(train_set: DetectionImages) -> bool:
+    """Whether the validation images are some of these that were held out, as `open_detection` notes."""
+    return any("held out" in note for note in train_set.notes)
+
+
 def check_objects(run: DetectionRun, train_set: DetectionImages, validation_set: DetectionImages) -> None:
     """Raises InputError for sets without objects, and for masks that the training images do not have."""
     for name, images in (("training", train_set), ("validation", validation_set)):
@@ -224,7 +229,7 @@ def _describe(task: Detection) -> list[str]:
     objects = sum(not each.crowd for image in train_set.annotations for each in image)
     images = f"{len(train_set)} training and {len(task.validation_set)} validation images"
     kind = "Mask R-CNN" if run.model.masks else "Faster R-CNN (boxes alone)"
-    problems = [line for images in (train_set, task.validation_set) for line in problem_lines(images)]
+    problems = problem_lines(train_set) + [f"validation: {line}" for line in problem_lines(task.validation_set)]
     return [
         f"data     {run.data.path}: {images}, {objects} objects to train on, {len(train_set.class_names)} classes",
         *(f"note     {line}" for line in train_set.notes),
