@@ -438,7 +438,7 @@ def _join_lines(target: Any) -> None:
 
     if not dataclasses.is_dataclass(target):
         return
-    parsed = [docstring_parser.parse_from_object(cls) for cls in reversed(target.__mro__[:-1])]
+    parsed = [docstring_parser.parse_from_object(cls) for cls in reversed(typing.cast(Any, target).__mro__[:-1])]
     texts = {p.arg_name: p.description or "" for docstring in parsed for p in docstring.params}
     for option in dataclasses.fields(target):
         _join_lines(typing.get_type_hints(target)[option.name])
