@@ -533,7 +533,7 @@ def test_a_recipes_rate_follows_the_batch() -> None:
     base = DETECTION_RECIPES["coco_nfnet_f0"]("coco")
     run, reasons = choose_detection(GIVEN | {"batch_size": 4}, SCENES, Place("cpu"), {}, base)
     assert run.optim.lr == pytest.approx(base.optim.lr / 4)
-    assert any("learning rate 0.005, in proportion to the batch" in reason.text for reason in reasons)
+    assert any("learning rate 0.005 for batches of 4" in reason.text for reason in reasons)
     run, reasons = choose_detection(GIVEN | {"batch_size": 4, "lr": 0.3}, SCENES, Place("cpu"), {}, base)
     assert run.optim.lr == 0.3
     assert reasons == ()

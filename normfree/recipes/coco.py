@@ -14,6 +14,7 @@ from normfree.recipes.small import Given, Reason
 
 MINUTES = 30  # length of a run on a CPU
 LEAST_EPOCHS, MOST_EPOCHS = 3, 200
+MAX_LR = 0.3  # for batches of more than 6
 SEEN = 20_000  # images of a run, where there is time
 EVALUATIONS = 8
 BACKBONES = (*(f"nfnet_f{size}" for size in range(5)), "nf_resnet50", "bn_resnet50")
@@ -56,8 +57,8 @@ def small(path: str) -> DetectionRun:
     """
     return DetectionRun(
         DetectionData(path, px=320, max_px=640, scale=(0.8, 1.25)),
-        DetectorConfig("nfnet_micro", channels=64, anchor_px=16, rois=64),
-        OptimConfig(epochs=100, batch_size=2, lr=0.02, warmup_epochs=2.0, clipping=0.04),
+        DetectorConfig("nfnet_micro", stochastic_depth=0.0, channels=64, anchor_px=16, rois=128),
+        OptimConfig(epochs=100, batch_size=2, lr=0.1, warmup_epochs=2.0, clipping=0.04),
     )
 
 
@@ -128,7 +129,7 @@ def choose_detection(
     if not scenes.masks:
         take("boxes alone, without a mask head: not every object has a mask", masks=False)
     if base is None:
-        _network(scenes, place, take)
+        _network(run, scenes, place, take)
         _batch(scenes, place, take)
     px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
     if "px" in fixed:
@@ -140,10 +141,13 @@ def choose_detection(
         px=px,
         max_px=max_px,
     )
+    if base is None:  # the smallest anchors are half as long as what nine of ten objects exceed
+        take(None, anchor_px=min(max(round(scenes.small_px * px / scenes.short_px / 8) * 4, 8), 32))
     _update(run, start, take)
-    if base is not None and run.optim.batch_size != base.optim.batch_size:
-        lr = run.optim.lr * run.optim.batch_size / base.optim.batch_size
-        take(f"learning rate {lr:.3g}, in proportion to the batch", lr=lr)
+    if run.optim.batch_size != start.optim.batch_size:
+        lr = run.optim.lr * run.optim.batch_size / start.optim.batch_size
+        lr = min(lr, MAX_LR) if base is None else lr
+        take(f"learning rate {lr:.3g} for batches of {run.optim.batch_size}", lr=lr)
     if run.optim.steps is None and "epochs" not in fixed and base is None:
         _length(run, scenes, place, take)
     o = run.optim
@@ -154,13 +158,15 @@ def choose_detection(
     return run, tuple(reasons)
 
 
-def _network(scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
-    """Backbone, and anchors: the smallest are half as long as what nine of ten objects exceed."""
+def _network(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
+    """Backbone, and heads that suit it."""
     gpu = place.device == "cuda"
     what = f"images with a short side of {scenes.short_px} px, on {place.device}"
     take(f"{'nfnet_f0' if gpu else 'nfnet_micro'}: {what}", backbone="nfnet_f0" if gpu else "nfnet_micro")
     if gpu:
-        take(None, channels=256, rois=512, precision="bfloat16")
+        take(None, stochastic_depth=None, channels=256, rois=512, precision="bfloat16")
+    elif run.model.backbone.startswith("bn_"):
+        take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
 
 
 def _pixels(scenes: Scenes, place: Place) -> tuple[int, int]:
