@@ -280,7 +280,7 @@ def test_anchors_of_p6_have_its_stride():
 def test_levels_of_regions_do_not_depend_on_the_first_batch():
     """torchvision infers the strides from the first image: 33 px padded to 64 give 1/2 for 1/4."""
     model = thin().eval()
-    model([scene(33, 33, ())[0]])
+    model.detect([scene(33, 33, ())[0]], [(33, 33)])
     assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     sides = torch.tensor([7.0, 27.0, 29.0, 57.0, 113.0, 500.0])  # canonical 56 px at anchors of 8 px is level 4
     boxes = torch.stack([torch.zeros(6), torch.zeros(6), sides, sides], 1)
@@ -411,6 +411,21 @@ def test_targets_that_cannot_be_used_are_named(change, message):
     with pytest.raises(InputError, match=message) as caught:
         thin().losses([image], [target])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no images"),
+        ([torch.rand(3, 64, 64), torch.rand(1, 64, 64)], r"image 1 is torch.float32 \(1, 64, 64\): \(3, h, w\)"),
+        ([torch.rand(1, 3, 64, 64)], r"image 0 is torch.float32 \(1, 3, 64, 64\)"),
+        ([torch.ones(3, 64, 64, dtype=torch.int64)], "image 0 is torch.int64"),
+    ],
+)
+def test_images_that_cannot_be_used_are_named(images, message):
+    """torchvision makes three channels of one in silence."""
+    with pytest.raises(InputError, match=message):
+        thin().eval().detect(images)
 
 
 def test_calls_that_mean_nothing_are_refused():

@@ -198,6 +198,7 @@ class Detector(MaskRCNN):
     def _batch(self, images: Images, targets: Targets | None, resized: bool) -> tuple[ImageList, Any]:
         """Normalized images in one padded tensor, and targets in pixels of these images."""
         transform: Any = self.transform
+        _check_images(images, len(transform.image_mean))
         images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
         if targets is not None:
             _check_targets(images, targets, self.num_classes, self.masks)
@@ -309,6 +310,15 @@ def _resize_target(target: dict[str, Tensor], image: Tensor, min_px: int, max_px
     if "masks" in target:
         new["masks"] = F.interpolate(target["masks"][:, None].byte(), size, mode="nearest")[:, 0]
     return new
+
+
+def _check_images(images: Images, channels: int) -> None:
+    """InputError for images that torchvision would misread: it makes three channels of one."""
+    if not images:
+        raise InputError("there are no images")
+    for i, image in enumerate(images):
+        if image.ndim != 3 or len(image) != channels or not (image.is_floating_point() or image.dtype == torch.uint8):
+            raise InputError(f"image {i} is {image.dtype} {tuple(image.shape)}: ({channels}, h, w), float or uint8")
 
 
 def _check_targets(images: Images, targets: Targets, num_classes: int, masks: bool) -> None:
