@@ -304,7 +304,7 @@ class DetectorConfig:
 
     backbone: Chosen[str] = "nfnet_f0"
     """Name of the network under the pyramid; `normfree models` lists them."""
-    stochastic_depth: float | None = None
+    stochastic_depth: Chosen[float | None] = None
     """Rate at which the backbone's deepest block is skipped in training, 0 to 1; None: the network's."""
     init: str | None = None
     """Weight file or run folder to start from: of a classifier, for the backbone, or of a detector."""
