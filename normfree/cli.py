@@ -97,8 +97,10 @@ def detect_train(args: Sequence[str]) -> None:
     kept = [figure for figure in figures if figure.split()[1] in ("AP", "AP50")]
     at_best = f"{100 * outcome.best:.2f} % {metric.replace('_', ' ').replace('ap', 'AP')}"
     print(f"validation {', '.join(kept)} at the end; {at_best} at best (epoch {outcome.best_epoch:.3g})")
+    from normfree.tasks.classification import evaluation_command
+
     predict = f"detect predict {quoted(best)} IMAGE_OR_FOLDER ... --pictures FOLDER"
-    _say_next(outcome, predict, f"normfree detect eval {quoted(best)} {quoted(run.data.path)}")
+    _say_next(outcome, predict, evaluation_command(run, best, "normfree detect eval"))
     print(f"pictures         {outcome.folder / 'pictures'}")
 
 
@@ -114,9 +116,9 @@ def _train(
     given = given_options(args)
     if options.resume is None:
         values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
-        run, reasons, *weights = choice.choose_recipe(options.recipe, values)  # a classifier's, as they were read
+        run, reasons, weights = choice.choose_recipe(options.recipe, values)
         out = None if options.out is None else Path(options.out)
-        return run, task.start(run, out, [reason.text for reason in reasons], *weights)
+        return run, task.start(run, out, [reason.text for reason in reasons], weights)
     folder = Path(options.resume)
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder}: no run is there (config.json is missing)")
@@ -202,6 +204,8 @@ def predict(
 def detect_eval(
     weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
     data: Annotated[str, Positional, arg(metavar="DATA")],
+    held_out: float | None = None,
+    seed: int | None = None,
     device: str | None = None,
     workers: int | None = None,
     out: str | None = None,
@@ -212,6 +216,8 @@ def detect_eval(
     Args:
         weights: Weight file of a detector, or its run folder.
         data: Folder with COCO annotations beside its images, a Roboflow export or Pascal VOC, or one COCO file (.json).
+        held_out: Of data without validation images, take only the share that training held out.
+        seed: The seed of that training; None: 0.
         device: cuda, mps or cpu; None: the first that is there.
         workers: Processes that read images; None: one less than the cores.
         out: File to write all figures to, as JSON.
@@ -219,7 +225,7 @@ def detect_eval(
     """
     from normfree.tasks.detection.evaluation import evaluate_weights
 
-    found = evaluate_weights(weights, data, device, workers, out, results)
+    found = evaluate_weights(weights, data, held_out, seed, device, workers, out, results)
     for line in found.unreadable:
         print(f"warning: not counted: {line}", file=sys.stderr)
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in found.losses.items())

@@ -345,7 +345,7 @@ class DetectionData:
     validation_fraction: float = 0.1
     """Share of the images to hold out, approximately, if the data has no validation images."""
     strict: bool = False
-    """Refuse data with any unusable annotation, instead of leaving it out."""
+    """Refuse data with any problem of annotations or files, instead of naming it and going on."""
     px: Chosen[int] = 800
     """Short side to which images are resized, in training and evaluation, in pixels."""
     max_px: Chosen[int] = 1333

@@ -385,10 +385,33 @@ def test_boxes_alone_are_said(tmp_path: Path, given: Any) -> None:
     images = read(tmp_path, one(), one(id=2, segmentation=given))
     assert [a.segmentation is None for a in images.annotations[0]] == [False, True]
     assert not images.has_masks
-    assert any(re.search("1 of 2 annotations have no mask: a box detector is trained", note) for note in images.notes)
+    assert any(re.search("1 of 2 annotations have no mask", note) for note in images.notes)
     assert not images.problems
     assert set(images.target(0, masks=False)) == {"boxes", "labels"}
     assert "segmentation" not in images.ground_truth()["annotations"][1]
+
+
+def test_what_masks_and_classes_lack_is_noted(tmp_path: Path) -> None:
+    photo(tmp_path / "train" / "a.png")
+    photo(tmp_path / "val" / "a.png")
+    box = {key: value for key, value in one(id=2).items() if key != "segmentation"}
+    coco(tmp_path / "instances_train.json", [one()])
+    coco(tmp_path / "instances_val.json", [one(), box])
+    train, validation = open_detection(str(tmp_path))
+    assert (train.has_masks, validation.has_masks) == (True, False)
+    assert not any("a box detector is trained" in note for note in train.notes)
+    assert any(note.startswith("validation: boxes alone are scored") for note in train.notes)
+    assert "1 of 2 classes have no objects to train on: dog" in train.notes
+    coco(tmp_path / "instances_train.json", [one(), box | {"category_id": 7}])
+    notes = open_detection(str(tmp_path))[0].notes
+    assert "a box detector is trained (Faster R-CNN): not every object has a mask" in notes
+    assert not any("to train on" in note or "boxes alone" in note for note in notes)
+
+
+def test_the_file_of_a_roboflow_split_is_not_its_own_validation(tmp_path: Path) -> None:
+    roboflow(tmp_path)
+    train, validation = open_detection(str(tmp_path / "train" / "_annotations.coco.json"))
+    assert (train.sizes, validation.sizes) == ([(40, 30)], [(48, 30)])
 
 
 POLYGON_PROBLEMS: dict[str, list[float]] = {

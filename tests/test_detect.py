@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,12 +31,16 @@ from normfree.config import DetectionRun, load_config, with_options
 from normfree.data.coco import open_detection_split
 from normfree.engine.run import estimated_seconds
 from normfree.errors import InputError
+from normfree.models.files import ZOO
 from normfree.recipes.coco import DETECTION_RECIPES, Place, Scenes, choose_detection
+from normfree.tasks.detection import choice
+from normfree.tasks.detection import model as model_module
 from normfree.tasks.detection import task as module
 from normfree.tasks.detection.evaluation import evaluate, evaluate_weights
 from normfree.tasks.detection.metrics import score_table
 from normfree.tasks.detection.model import freeze, load_detector
 from normfree.tasks.detection.task import build, resume
+from normfree.tasks.unreadable import Unreadable
 
 QUICK = (
     "--backbone nfnet_nano --channels 16 --px 64 --anchor-px 8 --rois 16 --max-detections 20 --batch-size 2 --steps 2 "
@@ -402,6 +407,61 @@ def test_some_unreadable_images_are_allowed(data: Path, tmp_path: Path, capsys: 
     assert len(list((tmp_path / "run" / "pictures").iterdir())) == 5
 
 
+def test_a_run_goes_on_once_its_images_are_repaired() -> None:
+    unreadable = Unreadable(10, 0.1)
+    assert unreadable.count(["a: cut off"]) == ("a: cut off",)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"2 of 10 training images cannot be read.*the last was b: cut off"):
+            unreadable.count(["a: cut off", "b: cut off"])
+        unreadable.load_state_dict(json.loads(json.dumps(unreadable.state_dict())))
+    assert unreadable.count(["a: cut off"]) == ()
+
+
+def spoil(path: Path, size: tuple[int, int] | None = None) -> None:
+    Image.new("RGB", size).save(path) if size else path.write_bytes(b"no image")
+
+
+def test_files_that_do_not_fit_count_as_unreadable(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    spoil(data / "train" / "004.jpg")
+    spoil(data / "train" / "007.jpg", (30, 30))
+    words = refused(capsys, "detect train", data, QUICK, "--max-unreadable 0.1 --out", tmp_path / "run")
+    assert "2 of 12 training images cannot be used, more than --max-unreadable 0.1 allows: 004.jpg" in words
+    assert len(build(configured(data, max_unreadable=0.2)).task.train_set) == 10  # type: ignore[attr-defined]
+
+
+def test_images_that_were_held_out_can_be_evaluated_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (data / "annotations" / "instances_val.json").unlink()
+    (data / "annotations" / "instances_train.json").rename(data / "annotations.json")
+    (data / "train").rename(data / "images")
+    run("detect train", data, QUICK, "--seed 3 --validation-fraction 0.3 --out", tmp_path / "run")
+    said = capsys.readouterr()
+    command = next(line for line in said.out.splitlines() if line.startswith("evaluate"))
+    words = shlex.split(command)[2:]
+    assert words[-4:] == ["--held-out", "0.3", "--seed", "3"]
+    run(*map(shlex.quote, words), "--workers 0 --device cpu")
+    alone = capsys.readouterr()
+    assert "weights were trained on" not in alone.err
+    number = re.search(r"and (\d+) validation images", said.err)
+    assert number
+    assert f"{number[1]} images, " in alone.out
+    run("detect eval", tmp_path / "run", data, "--workers 0 --device cpu")
+    whole = capsys.readouterr()
+    assert "12 images, " in whole.out
+    assert "images that the weights were trained on are among these" in whole.err
+    for options, reason in {"--seed 3": "--held-out", "--workers 999": "--workers", "--held-out 2": "held-out"}.items():
+        assert reason in refused(capsys, "detect eval", tmp_path / "run", data, options)
+
+
+def test_evaluation_says_what_it_leaves_out(trained: Trained, data: Path, capsys: pytest.CaptureFixture) -> None:
+    edited(data, "val", lambda content: content["annotations"][0].update(bbox=[1, 1, -3, 4]))
+    run("detect eval", trained.folder, data, "--workers 0 --device cpu")
+    assert "1 boxes of negative size (left out): 000.jpg" in capsys.readouterr().err
+    words = refused(capsys, "detect eval", trained.folder, data, "--held-out 0.1")
+    assert "has validation images" in words
+
+
 # --- weights to start from ---
 
 
@@ -411,6 +471,24 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(9)
     normfree.save(normfree.create_model("nfnet_nano", 5), path)
     return str(path)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_a_run_reads_its_weights_once_and_does_not_change_them(
+    kind: str, classifier: str, trained: Trained, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, calls = choice.read, []
+    for place in (choice, model_module, normfree.models.files):  # type: ignore[attr-defined]
+        monkeypatch.setattr(place, "read", lambda *args: (calls.append(args), read(*args))[1])
+    monkeypatch.setattr(choice, "_MEASURED_SECONDS", 0.01)
+    init = classifier if kind == "classifier" else str(trained.folder)
+    given = {"path": str(data), "init": init, "px": 64, "max_px": 96, "rois": 16, "device": "cpu"}
+    run, _, weights = choice.choose_recipe(None, given)
+    assert weights is not None
+    before = {name: value.clone() for name, value in read(init, ZOO).state.items()}
+    assert all(weights.state[name].equal(value) for name, value in before.items())
+    build(run, weights)
+    assert len(calls) == 1
 
 
 def test_frozen_stages_keep_the_weights_of_a_classifier(classifier: str, data: Path, tmp_path: Path) -> None:
@@ -527,6 +605,18 @@ def test_what_is_given_never_contradicts_what_is_chosen(name: str | None, given:
         assert {key: options[key] for key in given} == given
         assert run.optim.batch_size <= scenes.num_train or base
         assert run.model.masks == scenes.masks
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batch_normalization_is_not_clipped_unless_that_is_given(device: str) -> None:
+    def chosen(**given: Any) -> tuple[str, float | None]:
+        given |= {"backbone": "bn_resnet50", "epochs": 3.0}
+        o = choose_detection(GIVEN | given, SCENES, Place(device), {})[0].optim
+        return o.clip, o.clipping
+
+    assert chosen() == ("none", None)
+    assert chosen(clip="agc") == ("agc", 0.04)
+    assert chosen(clipping=0.1) == ("agc", 0.1)
 
 
 def test_a_recipes_rate_follows_the_batch() -> None:

@@ -58,8 +58,7 @@ def find_annotations(spec: str) -> dict[str, Source]:
     """The annotations of a data set by split; "" if no split is named."""
     path = Path(os.path.expanduser(spec))
     if path.is_file():
-        words = ("val", "valid", "validation") if _role(path) == "train" else ()
-        beside = (path.with_name(re.sub("(?i)(?<![a-z])train(ing)?(?![a-z])", word, path.name)) for word in words)
+        beside = [_of_validation(path, word) for word in ("val", "valid", "validation") if _role(path) == "train"]
         files = [path, *[file for file in beside if file.is_file()][:1]]
         return {role: _json_source(file) for role, file in zip(("train", "validation"), files, strict=False)}
     if files := json_files(path):
@@ -98,6 +97,14 @@ def _role(path: Path) -> str:
     """The split that the name of a file or folder says, "" if none; Roboflow's file is named by its folder."""
     name = path.parent.name if path.name.startswith("_annotations") else path.name
     return next((role for word in re.findall("[a-z]+", name.lower()) if (role := role_of(word))), "")
+
+
+def _of_validation(path: Path, word: str) -> Path:
+    """Where the annotations of validation would be if their split is called `word`, for the file of training."""
+    exchange = partial(re.sub, "(?i)(?<![a-z])train(ing)?(?![a-z])", word)
+    if path.name.startswith("_annotations"):
+        return path.parent.with_name(exchange(path.parent.name)) / path.name
+    return path.with_name(exchange(path.name))
 
 
 def _json_source(path: Path) -> Source:

@@ -36,7 +36,8 @@ from normfree.errors import InputError, nearest
 _MISSING = "images without a file (left out)"
 _UNREADABLE = "files that cannot be read"
 _OTHER_SIZE = "files whose size is not that in the annotations"
-FILE_PROBLEMS = (_MISSING, _UNREADABLE, _OTHER_SIZE)
+MISFITS = (_UNREADABLE, _OTHER_SIZE)
+FILE_PROBLEMS = (_MISSING, *MISFITS)
 """Kinds of `problems` whose images cannot be used; their lines are "name: reason"."""
 _MOST_HEADERS = 5000  # images whose files are compared with the annotations when a data set is opened
 _MEAN_COLOR = [124, 116, 104]  # of ImageNet: padding is nearly 0 once it is normalized
@@ -187,12 +188,19 @@ def open_detection(
     train, misfits = _open(first)
     notes = list(train.notes)
     train = train.subset([index for index in range(len(train)) if index not in misfits])
-    if all(a.crowd for annotations in train.annotations for a in annotations):
+    known = {a.label for annotations in train.annotations for a in annotations if not a.crowd}
+    if not known:
         reasons = "".join(f"; {line}" for line in problem_lines(train, 1))
         raise InputError(f"{first.path} has no objects to train on{reasons}")
+    if unknown := [name for label, name in enumerate(train.class_names, 1) if label not in known]:
+        some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        notes.append(f"{len(unknown)} of {len(train.class_names)} classes have no objects to train on: {some}")
+    notes += [] if train.has_masks else ["a box detector is trained (Faster R-CNN): not every object has a mask"]
     if second := sources.get("validation") or sources.get("test"):
         validation, _ = _open(second, train.class_names)
         notes += [f"validation: {note}" for note in validation.notes]
+        if train.has_masks and not validation.has_masks:
+            notes.append("validation: boxes alone are scored, and there are no losses: not every object has a mask")
         is_test = "validation" not in sources
         notes += ["its test images serve for validation: the best weights are chosen by them"] * is_test
     else:
@@ -206,12 +214,20 @@ def open_detection(
     return replace(train, notes=tuple(notes)), validation
 
 
-def open_detection_split(spec: str, class_names: Sequence[str]) -> DetectionImages:
+def open_detection_split(
+    spec: str, class_names: Sequence[str], held_out: float | None = None, seed: int = 0
+) -> DetectionImages:
     """The validation images of a data set, or the images of a COCO file, with labels that index `class_names`.
 
-    Raises InputError for a class that is not among them, and if a file of an image is missing.
+    With `held_out`, those that `open_detection` holds out for this share and `seed`. Raises InputError for a class that
+    is not among the names, if there is a split from which nothing was held out, and if a file of an image is missing.
     """
     sources = find_annotations(spec)
+    if held_out is not None:
+        if len(sources) > 1 or not (source := sources.get("train") or sources.get("")):
+            raise InputError(f"--held-out {held_out:g}: {spec} has validation images")
+        images, misfits = _open(source, class_names)
+        return hold_out(images.subset([i for i in range(len(images)) if i not in misfits]), held_out, seed)[1]
     source = next((sources[role] for role in _evaluated(spec) if role in sources), None)
     if source is None:
         raise InputError(f"{spec} has images to train on only: give the file of the annotations to evaluate on")
@@ -370,8 +386,8 @@ def _notes(images: DetectionImages) -> list[str]:
     crowds = sum(a.crowd for a in objects)
     lines = {
         f"{empty} of {len(images)} images have no objects; they are kept": empty,
-        f"{crowds} of {len(objects)} annotations are crowds, or difficult: ignored in training and by metrics": crowds,
-        f"{boxes} of {len(objects)} annotations have no mask: a box detector is trained (Faster R-CNN)": boxes,
+        f"{crowds} of {len(objects)} annotations are crowds, or difficult: not trained on, ignored by metrics": crowds,
+        f"{boxes} of {len(objects)} annotations have no mask": boxes,
         f"the files of {_MOST_HEADERS} images were compared with the annotations; `normfree data check` compares all": (
             len(images) > _MOST_HEADERS
         ),

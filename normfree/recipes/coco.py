@@ -23,7 +23,7 @@ BACKBONES = (*(f"nfnet_f{size}" for size in range(5)), "nf_resnet50", "bn_resnet
 def one_x(backbone: str, path: str) -> DetectionRun:
     """Mask R-CNN on COCO 2017 for about 90,000 steps of 16 images, the field's 1x schedule.
 
-    Source: paper, section 6.3, which gives no numbers that we could obtain; detectron2's 1x schedule for batch,
+    Source: the paper's ICML version, of which we could not obtain the numbers; detectron2's 1x schedule for batch,
     length, pixels and learning rate, with a cosine in place of the steps, and AGC's λ for 16 images by the rule of
     `recipes.imagenet`. BN backbones train without AGC and need many images on a device: that is the point.
     Command: `normfree detect train COCO --recipe coco_nfnet_f0 --init F0_haiku.npz`.
@@ -130,6 +130,8 @@ def choose_detection(
         take("boxes alone, without a mask head: not every object has a mask", masks=False)
     if base is None:
         _network(run, scenes, place, take)
+        if run.model.backbone.startswith("bn_") and not {"clip", "clipping"} & fixed.keys():
+            take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
         _batch(scenes, place, take)
     px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
     if "px" in fixed:
@@ -165,8 +167,6 @@ def _network(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[...
     take(f"{'nfnet_f0' if gpu else 'nfnet_micro'}: {what}", backbone="nfnet_f0" if gpu else "nfnet_micro")
     if gpu:
         take(None, stochastic_depth=None, channels=256, rois=512, precision="bfloat16")
-    elif run.model.backbone.startswith("bn_"):
-        take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
 
 
 def _pixels(scenes: Scenes, place: Place) -> tuple[int, int]:

@@ -254,6 +254,21 @@ def evaluate_images(
     return evaluate(model, batches(), info.num_classes, info.mean, info.std, device, precision, forward)
 
 
+def check_evaluation(workers: int | None, held_out: float | None, seed: int | None) -> None:
+    """InputError for options of an evaluation that are out of range, or without effect."""
+    check_range("workers", workers, 0, MAX_WORKERS)
+    check_range("seed", seed, 0, MAX_SEED)
+    if seed is not None and held_out is None:
+        raise InputError(f"--seed {seed} says which images were held out; add --held-out with their share")
+
+
+def warn_of_trained(images: Samples, info: ModelInfo) -> None:
+    """Prints a warning if weights are evaluated on images that they were trained on."""
+    if seen := count_sampled(images, info.trained_on):
+        what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
+        print(f"warning: {what}; see --held-out", file=sys.stderr)
+
+
 def evaluate_weights(
     weights: str,
     data: str,
@@ -270,10 +285,7 @@ def evaluate_weights(
     `out`: a new file, .json or .csv, for the whole report (`write_report`). Raises InputError.
     """
     check_range("px", px, 8, MAX_PX)
-    check_range("workers", workers, 0, MAX_WORKERS)
-    check_range("seed", seed, 0, MAX_SEED)
-    if seed is not None and held_out is None:
-        raise InputError(f"--seed {seed} says which images were held out; add --held-out with their share")
+    check_evaluation(workers, held_out, seed)
     check_writable(out, endings=(".json", ".csv"))
     where = pick_device(device)
     model = load(weights).float()
@@ -284,9 +296,7 @@ def evaluate_weights(
     images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed or 0)
     for note in images.notes:
         print(f"warning: {data}: {note}", file=sys.stderr)
-    if seen := count_sampled(images, info.trained_on):
-        what = f"images that the weights were trained on are among these ({seen} of {len(info.trained_on)} looked for)"
-        print(f"warning: {what}; see --held-out", file=sys.stderr)
+    warn_of_trained(images, info)
     model = model.to(where).to(memory_format=torch.channels_last)
     began = time.monotonic()
     with progress("evaluate") as show:

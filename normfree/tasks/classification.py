@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.config import ClassificationRun, DataConfig, load_config
+from normfree.config import ClassificationRun, DataConfig, DetectionRun, load_config
 from normfree.data import (
     Batch,
     LabelledImages,
@@ -294,9 +294,9 @@ def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
     return engine.resume(build(run or saved), folder)
 
 
-def evaluation_command(run: ClassificationRun, weights: Path) -> str:
+def evaluation_command(run: ClassificationRun | DetectionRun, weights: Path, verb: str = "normfree eval") -> str:
     """The command that evaluates on the validation images of `run`."""
     data = run.data
     held_out = engine.read_data(weights.parent)["held_out"]
     own = f" --held-out {data.validation_fraction:g} --seed {run.seed}" if held_out else ""
-    return f"normfree eval {quoted(weights)} {quoted(data.path)}{own}"
+    return f"{verb} {quoted(weights)} {quoted(data.path)}{own}"

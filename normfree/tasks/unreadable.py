@@ -20,12 +20,14 @@ class Unreadable:
     def count(self, lines: Iterable[str]) -> tuple[str, ...]:
         """Those lines about training images that are new. Raises InputError once there are too many."""
         new = self._new(lines)
-        self.in_training += len(new)
-        if self.in_training > self.allowed * self.num_images:
+        count = self.in_training + len(new)
+        if new and count > self.allowed * self.num_images:
+            self.reported.difference_update(new)  # a run that is resumed with these images repaired goes on
             raise InputError(
-                f"{self.in_training} of {self.num_images} training images cannot be read, more than "
+                f"{count} of {self.num_images} training images cannot be read, more than "
                 f"--max-unreadable {self.allowed:g} allows; the last was {new[-1]}"
             )
+        self.in_training = count
         return tuple(new)
 
     def warn(self, lines: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,12 +14,19 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from normfree.data.coco import DetectionBatch, DetectionImages, detection_eval_batches, open_detection_split
+from normfree.data.annotations import as_rle
+from normfree.data.coco import (
+    DetectionBatch,
+    DetectionImages,
+    detection_eval_batches,
+    open_detection_split,
+    problem_lines,
+)
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import progress
 from normfree.errors import InputError
 from normfree.files import check_writable, replacing
-from normfree.tasks.accuracy import pick_workers
+from normfree.tasks.accuracy import check_evaluation, pick_workers, warn_of_trained
 from normfree.tasks.detection.draw import side_by_side
 from normfree.tasks.detection.metrics import ClassAP, Scores, as_results, cap_line, coco_scores, score_table
 from normfree.tasks.detection.model import Detector, load_detector
@@ -137,6 +145,8 @@ def scores_from(details: Any) -> Scores | None:
 def evaluate_weights(
     weights: str,
     data: str,
+    held_out: float | None = None,
+    seed: int | None = None,
     device: str | None = None,
     workers: int | None = None,
     out: str | None = None,
@@ -145,17 +155,24 @@ def evaluate_weights(
     """The function behind `normfree detect eval`. Raises InputError before any work if a file cannot be written."""
     check_writable(out, "--out", endings=(".json",))
     check_writable(results, "--results", endings=(".json",))
-    model = load_detector(weights)
+    check_evaluation(workers, held_out, seed)
+    model = load_detector(weights).float()
     assert model.info is not None
+    if not model.info.class_names:
+        raise InputError(f"{weights} does not name its classes: give class_names to create_detector")
     place = pick_device(device)
-    images = open_detection_split(data, model.info.class_names)
+    images = open_detection_split(data, model.info.class_names, held_out, seed or 0)
+    for line in (*images.notes, *problem_lines(images)):
+        print(f"warning: {data}: {line}", file=sys.stderr)
+    warn_of_trained(images, model.info)
     with progress("evaluate") as show:
         found = evaluate(model.to(place), images, place, pick_workers(workers, images), show=show)
     if not found.counts:
         raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {found.unreadable[0]}")
     if out is not None:
         kinds = {"box": asdict(found.box), "mask": found.mask and asdict(found.mask)}
-        report = {"weights": weights, "data": data, "images": len(found.counts), "unreadable": found.unreadable}
+        report = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
+        report |= {"images": len(found.counts), "unreadable": found.unreadable}
         _write(out, report | found.figures() | kinds)
     if results is not None:
         _write(results, _with_their_ids(found.results, images))
@@ -181,6 +198,9 @@ def _write(path: str, content: Any) -> None:
 
 def _picture(images: DetectionImages, index: int, detections: dict[str, torch.Tensor]) -> Image:
     """The objects of an image beside the detections."""
-    truth = images.target(index, images.has_masks)
+    truth: dict[str, Any] = images.target(index, masks=False)
+    if images.has_masks:  # as run lengths: at full size they may be too large for the memory
+        objects = (a.segmentation for a in images.annotations[index] if not a.crowd)
+        truth["masks"] = [as_rle(segmentation, *images.sizes[index]) for segmentation in objects if segmentation]
     shown = {name: value.cpu() for name, value in detections.items()}
     return side_by_side(images.read(index), truth, shown, images.class_names, DRAWN_SCORE)

@@ -388,6 +388,7 @@ def create_detector(
     max_detections: int = 100,
     min_score: float = 0.05,
     weights: str | os.PathLike | None = None,
+    content: Weights | None = None,
     class_names: Sequence[str] = (),
     category_ids: Sequence[int] = (),
     **overrides: Any,
@@ -400,6 +401,7 @@ def create_detector(
         masks, channels, standardize, min_px, max_px, anchor_px, rois, max_detections, min_score: as in `Detector`.
         weights: classification weights of any kind that `create_model` takes, for the backbone, or a detector's file.
             Of that, predictors keep the rows of classes of the same name, as `create_model` does for a classifier.
+        content: of the file `weights`, if it has been read; the detector may take over its tensors.
         class_names, category_ids: of the classes 1 .. num_classes.
         overrides: options of the backbone, as in `create_model`.
 
@@ -415,7 +417,7 @@ def create_detector(
     in_channels = given.pop("in_channels", 3)
     if void := sorted({*HEAD_OPTIONS, *MAPS} & given.keys()):
         raise InputError(f"a detector has no option {void[0]!r}")
-    file = None if weights is None else read(weights, ZOO, backbone, given)
+    file = content or (None if weights is None else read(weights, ZOO, backbone, given))
     old = dict(file.info.overrides) if file and file.info.architecture == DETECTOR else {}
     notes: tuple[str, ...] = ()
     if weights is None or old:
@@ -424,7 +426,7 @@ def create_detector(
         known = {key: old.pop(key) for key in [*old] if key not in own}
         body = build(backbone, 0, in_channels, known | given | MAPS)
     else:
-        body, notes = from_weights(backbone, 0, in_channels, weights, given | MAPS)
+        body, notes = from_weights(backbone, 0, in_channels, weights, given | MAPS, weights=file)
     info = cast(ModelInfo, body.info)
     options = {key: value for key, value in info.overrides.items() if key not in {*HEAD_OPTIONS, *MAPS}}
     model = Detector(body, num_classes, **own, mean=info.mean, std=info.std)

@@ -14,6 +14,7 @@ from torch import Tensor
 from normfree.config import DetectionRun, load_config
 from normfree.data import cached, content_sample, fits_in_memory, inventory
 from normfree.data.coco import (
+    MISFITS,
     DetectionBatch,
     DetectionImages,
     DetectionTransform,
@@ -34,6 +35,7 @@ from normfree.tasks.detection.evaluation import evaluate, on_device, scores_from
 from normfree.tasks.detection.metrics import score_table
 from normfree.tasks.detection.model import Detector, create_detector, freeze, roles, save_detector
 from normfree.tasks.unreadable import Unreadable
+from normfree.weights.file import Weights
 
 COMMAND = "normfree detect train"
 PICTURES = 6  # of validation images, at every evaluation
@@ -135,8 +137,8 @@ class Detection:
         save_detector(self.model, path)
 
 
-def build(run: DetectionRun) -> Job:
-    """Everything that a run needs, from its configuration alone.
+def build(run: DetectionRun, weights: Weights | None = None) -> Job:
+    """Everything that a run needs, from its configuration alone; `weights`: of its `init`, if they have been read.
 
     Raises:
         InputError: a value is out of range, or data or weights cannot be used.
@@ -150,7 +152,7 @@ def build(run: DetectionRun) -> Job:
     )
     check_objects(run, train_set, validation_set)
     plan = make_plan(run, len(train_set))
-    model = detector(run, train_set).to(device)
+    model = detector(run, train_set, weights).to(device)
     assert model.info is not None
     model.info = replace(model.info, source=f"{COMMAND} {Path(data.path).name}", trained_on=content_sample(train_set))
     sets = {"train": train_set, "validation": validation_set}
@@ -177,8 +179,11 @@ def build(run: DetectionRun) -> Job:
     )
 
 
-def detector(run: DetectionRun, train_set: DetectionImages) -> Detector:
-    """The detector on the CPU, frozen as the run says, with initial weights that follow from its seed."""
+def detector(run: DetectionRun, train_set: DetectionImages, weights: Weights | None = None) -> Detector:
+    """The detector on the CPU, frozen as the run says, with initial weights that follow from its seed.
+
+    `weights`: of the run's `init`, if they have been read; the detector may take over their tensors.
+    """
     m = run.model
     torch.manual_seed(run.seed)
     rate = {} if m.stochastic_depth is None else {"stochastic_depth": m.stochastic_depth}
@@ -195,6 +200,7 @@ def detector(run: DetectionRun, train_set: DetectionImages) -> Detector:
         max_detections=m.max_detections,
         min_score=m.min_score,
         weights=m.init,
+        content=weights,
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
         **rate,
@@ -205,14 +211,21 @@ def detector(run: DetectionRun, train_set: DetectionImages) -> Detector:
 
 def held_out(train_set: DetectionImages) -> bool:
     """Whether the validation images are some of these that were held out, as `open_detection` notes."""
-    return any("held out" in note for note in train_set.notes)
+    return any(note.startswith("it has no validation images") for note in train_set.notes)
 
 
 def check_objects(run: DetectionRun, train_set: DetectionImages, validation_set: DetectionImages) -> None:
-    """Raises InputError for sets without objects, and for masks that the training images do not have."""
+    """Raises InputError for sets without objects, too many unusable files, and masks that training images lack."""
     for name, images in (("training", train_set), ("validation", validation_set)):
         if not any(not each.crowd for image in images.annotations for each in image):
             raise InputError(f"{run.data.path}: the {len(images)} {name} images have no objects")
+    unusable = [line for kind in MISFITS for line in train_set.problems.get(kind, ())]
+    total = len(train_set) + len(unusable)
+    if len(unusable) > run.data.max_unreadable * total:
+        raise InputError(
+            f"{len(unusable)} of {total} training images cannot be used, more than --max-unreadable "
+            f"{run.data.max_unreadable:g} allows: {unusable[0]}"
+        )
     if run.model.masks and not train_set.has_masks:
         raise InputError("--masks needs a mask for each training object, and some have boxes alone: add --no-masks")
 
@@ -247,11 +260,13 @@ def _tables(details: dict[str, Any]) -> Sequence[str]:
     return [*score_table(box, scores_from(details["mask"])), *([details["cap"]] if details["cap"] else [])]
 
 
-def start(run: DetectionRun, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
+def start(
+    run: DetectionRun, folder: Path | None, chosen: Sequence[str] = (), weights: Weights | None = None
+) -> Outcome:
     """Trains in a new run folder, as `engine.run.start`. Input is checked before the folder is created."""
     if folder is not None:
         check_free(folder)
-    return engine.start(build(run), folder, chosen)
+    return engine.start(build(run, weights), folder, chosen)
 
 
 def resume(folder: Path, run: DetectionRun | None = None) -> Outcome:
