@@ -685,7 +685,7 @@ def test_eval_writes_what_pycocotools_scores_alike(trained: Trained, tmp_path: P
             assert figures[name][key] == expected
     ap = next(line.split() for line in out if line.startswith("AP "))
     assert ap == ["AP", f"{100 * figures['box_ap']:.2f}", "%", f"{100 * figures['mask_ap']:.2f}", "%"]
-    assert figures["box_ap50"] > 0
+    assert rows  # whether any is right after four steps is chance; test_detection_metrics.py scores right ones
     assert out[-1].startswith(f"6 images, {len(rows)} detections; loss ")
     assert figures["images"] == 6
     last = trained.log("eval")[-1]  # by the same weights, if they are the best

@@ -26,6 +26,7 @@ from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import progress
 from normfree.errors import InputError
 from normfree.files import check_writable, replacing
+from normfree.layers import reuse_weights
 from normfree.tasks.accuracy import check_evaluation, pick_workers, warn_of_trained
 from normfree.tasks.detection.draw import side_by_side
 from normfree.tasks.detection.metrics import ClassAP, Scores, as_results, cap_line, coco_scores, score_table
@@ -89,27 +90,28 @@ def evaluate(
     limits, heads, mode = cast(Any, model.transform), cast(Any, model.roi_heads), model.training
     model.eval()
     try:
-        for batch in detection_eval_batches(
-            images,
-            min_px=limits.min_size[0],
-            max_px=limits.max_size,
-            masks=model.masks and has_losses,
-            batch_size=1,
-            workers=workers,
-        ):
-            unreadable += batch.unreadable
-            if batch.images:
-                index, (width, height) = batch.indices[0], batch.sizes[0]
-                pixels, targets = on_device(batch, device)
-                with autocast(device, precision):
-                    detections, losses = model.detect(pixels, batch.sizes, targets if has_losses else None)
-                rows = as_results(detections[0], index + 1, (height, width))
-                results += rows
-                counts[index] = len(rows)
-                sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
-                if index in drawn:
-                    pictures[f"{index:06d}"] = _picture(images, index, detections[0])
-            show(len(counts) + len(unreadable), len(images))
+        with torch.no_grad(), reuse_weights(model):
+            for batch in detection_eval_batches(
+                images,
+                min_px=limits.min_size[0],
+                max_px=limits.max_size,
+                masks=model.masks and has_losses,
+                batch_size=1,
+                workers=workers,
+            ):
+                unreadable += batch.unreadable
+                if batch.images:
+                    index, (width, height) = batch.indices[0], batch.sizes[0]
+                    pixels, targets = on_device(batch, device)
+                    with autocast(device, precision):
+                        detections, losses = model.detect(pixels, batch.sizes, targets if has_losses else None)
+                    rows = as_results(detections[0], index + 1, (height, width))
+                    results += rows
+                    counts[index] = len(rows)
+                    sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
+                    if index in drawn:
+                        pictures[f"{index:06d}"] = _picture(images, index, detections[0])
+                show(len(counts) + len(unreadable), len(images))
     finally:
         model.train(mode)
     truth = _only(images.ground_truth(), {index + 1 for index in counts})
