@@ -117,6 +117,12 @@ def data(tmp_path: Path) -> Path:
     return shapes(tmp_path / "shapes")
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first run there is one picture at an evaluation, since TensorBoard takes long to compress them."""
+    monkeypatch.setattr(module, "PICTURES", 1)
+
+
 class Trained(NamedTuple):
     folder: Path
     data: Path
@@ -225,12 +231,13 @@ def test_the_lines_that_a_run_prints(trained: Trained) -> None:
 
 # --- resume ---
 
-RESUMED: dict[str, Any] = dict(steps=5, batch_size=4, micro_batch=2, sam_rho=0.05, ema_decay=0.9, scale=(0.8, 1.25))
-RESUMED |= dict(eval_every=0.7, checkpoint_minutes=0, log_every=1, max_detections=10, warmup_steps=0, seed=5)
+RESUMED: dict[str, Any] = dict(steps=4, batch_size=4, micro_batch=2, sam_rho=0.05, ema_decay=0.9, scale=(0.8, 1.25))
+RESUMED |= dict(eval_every=1.0, checkpoint_minutes=0, log_every=1, max_detections=10, warmup_steps=0, seed=5)
 
 
 def train_until(folder: str, data: str, stop: str) -> None:
     """In a process of its own, which is killed before update number `stop`."""
+    module.PICTURES = 1
     job = build(configured(Path(data), **RESUMED))
     original = job.update.step
 
@@ -247,13 +254,14 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, cap
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     outcome = module.start(configured(data, **RESUMED), straight)
     code = "import sys; from test_detect import train_until; train_until(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(killed), str(data), "3"]
+    command = [sys.executable, "-c", code, str(killed), str(data), "2"]
     assert subprocess.run(command, cwd=Path(__file__).parent).returncode == -signal.SIGKILL
     assert not (killed / "last.safetensors").exists()
     assert resume(killed).last == outcome.last
     logs = [[line for line in log_of(folder) if line["kind"] != "start"] for folder in (straight, killed)]
-    assert [line["step"] for line in logs[0] if line["kind"] == "eval"] == [2, 4, 5]
+    assert [line["step"] for line in logs[0] if line["kind"] == "eval"] == [3, 4]
     assert logs[0] == logs[1]
+    assert [line["step"] for line in log_of(killed) if line["kind"] == "start"] == [0, 2]
     for name in ("best", "last"):
         one, other = (load_file(folder / f"{name}.safetensors") for folder in (straight, killed))
         assert one.keys() == other.keys()
@@ -272,10 +280,14 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, cap
 
 
 def test_processes_do_not_change_batches_of_one_orientation(data: Path) -> None:
-    task = build(configured(data, scale=(0.7, 1.4), batch_size=2)).task
+    options: dict[str, Any] = dict(scale=(0.7, 1.4), batch_size=2)
+    task, keeping = (build(configured(data, **options, workers=workers)).task for workers in (0, None))
+    assert keeping.train_set.in_memory  # type: ignore[attr-defined]
+    assert keeping.workers == 0  # type: ignore[attr-defined]
     here, there = (list(task.read(range(8), workers)) for workers in (0, 1))  # type: ignore[attr-defined]
+    kept = list(keeping.read(range(8), 0))  # type: ignore[attr-defined]
     assert sorted(index for batch in here[:6] for index in batch.indices) == list(range(12))
-    for one, other in zip(here, there, strict=True):
+    for one, other in [*zip(here, there, strict=True), *zip(here, kept, strict=True)]:
         assert one.indices == other.indices
         assert all(torch.equal(a, b) for a, b in zip(one.images, other.images, strict=True))
         for a, b in zip(one.targets, other.targets, strict=True):
@@ -321,6 +333,10 @@ def double_id(data: Path) -> None:
 
 def no_training(data: Path) -> None:
     (data / "annotations" / "instances_train.json").unlink()
+
+
+def no_validation(data: Path) -> None:
+    (data / "annotations" / "instances_val.json").unlink()
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, str, str]] = {
@@ -389,7 +405,8 @@ def test_unreadable_images_are_replaced_and_named(data: Path, tmp_path: Path, ca
     assert "continue with: normfree detect train --resume" in error or not (tmp_path / "run").exists()
 
 
-def test_some_unreadable_images_are_allowed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_some_unreadable_images_are_allowed(data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "PICTURES", 6)
     truncated(data / "train" / "004.jpg")
     truncated(data / "val" / "002.jpg")
     run("detect train", data, QUICK, "--steps 6 --max-unreadable 0.1 --out", tmp_path / "run")
@@ -722,8 +739,35 @@ def test_evaluation_names_what_it_cannot_read(trained: Trained, data: Path, tmp_
     for i in range(1, 6):
         truncated(data / "val" / f"{i:03d}.jpg")
     with pytest.raises(InputError, match="none of the 6 images"):
-        evaluate_weights(str(trained.folder), str(data), "cpu", 0)
+        evaluate_weights(str(trained.folder), str(data), device="cpu", workers=0)
     assert "must end in .json" in refused(capsys, "detect eval", trained.folder, data, "--results x.txt")
+
+
+def test_eval_takes_what_training_held_out(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    no_validation(data)
+    run("detect train", data, QUICK, "--validation-fraction 0.3 --seed 7 --out", tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert "note     it has no validation images: about 0.3 of the images are held out" in err
+    command = next(line for line in out.splitlines() if line.startswith("evaluate"))
+    assert command.endswith(f"{data} --held-out 0.3 --seed 7")
+    run(command.removeprefix("evaluate").replace("normfree", "", 1), "--device cpu --out", tmp_path / "x.json")
+    assert "warning" not in capsys.readouterr().err
+    report, log = json.loads((tmp_path / "x.json").read_text()), log_of(tmp_path / "run")
+    last = next(line for line in log if line["kind"] == "eval")
+    assert {name: report[name] for name in PARTS} == pytest.approx({name: last[name] for name in PARTS}, rel=1e-6)
+    ((count, _),) = json.loads((tmp_path / "run" / "data.json").read_text())["images"]["validation"].values()
+    assert report["images"] == count < 12
+    file = data / "annotations" / "instances_train.json"
+    run("detect eval", tmp_path / "run", file, "--device cpu")
+    assert "warning: images that the weights were trained on are among these" in capsys.readouterr().err
+    assert "add --held-out and --seed" in refused(capsys, "detect eval", tmp_path / "run", data)
+
+
+def test_eval_refuses_shares_that_mean_nothing(trained: Trained, capsys: pytest.CaptureFixture) -> None:
+    words = "detect eval", trained.folder, trained.data
+    assert "leave out --held-out" in refused(capsys, *words, "--held-out 0.1")
+    assert "add --held-out" in refused(capsys, *words, "--seed 3")
+    assert "--workers -1" in refused(capsys, *words, "--workers -1")
 
 
 # --- prediction through the command line ---

@@ -126,6 +126,9 @@ def choose_detection(
             reasons.append(Reason(tuple(options), text))
 
     run = with_options(run, fixed)
+    if brought := {name: value for name, value in implied.items() if name not in given}:
+        text = " ".join(spell(name, value) for name, value in brought.items())
+        reasons.append(Reason(tuple(brought), f"{text}: what the weights of --init are for"))
     if not scenes.masks:
         take("boxes alone, without a mask head: not every object has a mask", masks=False)
     if base is None:
