@@ -402,7 +402,8 @@ def test_verb_help(verb, capsys):
         ("eval nothing.safetensors mnist5k", "no weight file"),
         ("predict nothing.safetensors", "needs images"),
         ("data chekc photos", "no verb 'data chekc'; did you mean 'data check'"),
-        ("data", "there are train, eval, predict, data check, data pack"),
+        ("data", "predict, detect train, detect eval, detect predict, data check, data pack"),
+        ("detect", "predict, detect train, detect eval, detect predict, data check, data pack"),
         ("models nfnet_g*", "no model fits 'nfnet_g*'"),
     ],
 )
