@@ -225,12 +225,13 @@ def open_detection_split(
     sources = find_annotations(spec)
     if held_out is not None:
         if len(sources) > 1 or not (source := sources.get("train") or sources.get("")):
-            raise InputError(f"--held-out {held_out:g}: {spec} has validation images")
+            raise InputError(f"{spec} has validation images of its own: leave out --held-out")
         images, misfits = _open(source, class_names)
         return hold_out(images.subset([i for i in range(len(images)) if i not in misfits]), held_out, seed)[1]
     source = next((sources[role] for role in _evaluated(spec) if role in sources), None)
     if source is None:
-        raise InputError(f"{spec} has images to train on only: give the file of the annotations to evaluate on")
+        remedy = "add --held-out and --seed as they were in training, or give the file of the annotations"
+        raise InputError(f"{spec} has images to train on only: {remedy}")
     images, _ = _open(source, class_names)
     if missing := images.problems.get(_MISSING):
         raise InputError(f"{len(missing)} images of {source.path} are not there, the first is {missing[0]}")
