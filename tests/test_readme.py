@@ -9,7 +9,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec("\n".join(blocks), {})
     assert (tmp_path / "model.safetensors").exists()
     assert 0 <= float(capsys.readouterr().out.split()[0]) <= 1

@@ -129,7 +129,10 @@ def main() -> None:
         "machine": processor(),
         "beside": args.beside,
     }
-    result = carry_out(run, args.keep) | {"environment": environment, "config": asdict(run)}
+    config = asdict(run)
+    config["data"]["path"] = Path(args.data).name  # names, not places
+    config["model"]["init"] = args.init and Path(args.init).parent.name
+    result = carry_out(run, args.keep) | {"environment": environment, "config": config}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 

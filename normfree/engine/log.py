@@ -123,9 +123,10 @@ class RunLog:
         if self.wandb is not None and numbers:
             self.wandb.log(numbers, step=step)
 
-    def show(self, step: int, pictures: Mapping[str, Image]) -> None:
-        """Writes RGB pictures to TensorBoard, and to pictures/NAME.jpg, where they replace those of an earlier step."""
-        for name, picture in pictures.items():
+    def show(self, step: int, pictures: Mapping[str, Callable[[], Image]]) -> None:
+        """Draws pictures for TensorBoard, and for pictures/NAME.jpg, where they replace those of an earlier step."""
+        for name, draw in pictures.items():
+            picture = draw()
             self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
             with replacing(self.folder / "pictures" / f"{name}.jpg") as temporary:
                 picture.save(temporary, "JPEG", quality=90)

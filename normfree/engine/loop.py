@@ -56,12 +56,12 @@ class Shard:
 class Evaluation:
     """`figures`: numbers by name, one of which is the task's `metric`; `details`: anything else, as JSON.
 
-    `pictures`: RGB images by name, to be looked at.
+    `pictures`: functions that draw RGB images to be looked at, by name.
     """
 
     figures: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
-    pictures: Mapping[str, Image] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[], Image]] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -48,7 +48,7 @@ class Evaluated:
     counts: list[int]
     results: list[dict[str, Any]]
     unreadable: list[str]
-    pictures: dict[str, Image] = field(default_factory=dict)
+    pictures: dict[str, Callable[[], Image]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """Numbers by name: "mask_ap", "box_ap50" and so on, 0 to 1, where there is something to score; and losses."""
@@ -78,13 +78,13 @@ def evaluate(
 ) -> Evaluated:
     """Scores of `model` on `images`, which pass one by one, so that no image depends on others through padding.
 
-    `num_pictures` evenly spaced images are drawn, with their objects beside the detections.
+    `num_pictures` evenly spaced images can be drawn, with their objects beside the detections.
     """
     drawn = set(np.linspace(0, len(images) - 1, min(num_pictures, len(images))).round().astype(int).tolist())
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []
     counts: dict[int, int] = {}  # of the images that could be read
-    pictures: dict[str, Image] = {}
+    pictures: dict[str, Callable[[], Image]] = {}
     sums: dict[str, float] = {}
     has_losses = images.has_masks or not model.masks
     limits, heads, mode = cast(Any, model.transform), cast(Any, model.roi_heads), model.training
@@ -110,7 +110,8 @@ def evaluate(
                     counts[index] = len(rows)
                     sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
                     if index in drawn:
-                        pictures[f"{index:06d}"] = _picture(images, index, detections[0])
+                        shown = {name: value.cpu() for name, value in detections[0].items()}
+                        pictures[f"{index:06d}"] = partial(_picture, images, index, shown)
                 show(len(counts) + len(unreadable), len(images))
     finally:
         model.train(mode)
@@ -204,5 +205,4 @@ def _picture(images: DetectionImages, index: int, detections: dict[str, torch.Te
     if images.has_masks:  # as run lengths: at full size they may be too large for the memory
         objects = (a.segmentation for a in images.annotations[index] if not a.crowd)
         truth["masks"] = [as_rle(segmentation, *images.sizes[index]) for segmentation in objects if segmentation]
-    shown = {name: value.cpu() for name, value in detections.items()}
-    return side_by_side(images.read(index), truth, shown, images.class_names, DRAWN_SCORE)
+    return side_by_side(images.read(index), truth, detections, images.class_names, DRAWN_SCORE)
