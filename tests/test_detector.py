@@ -598,7 +598,7 @@ def test_files_of_networks_are_still_read_and_written(tmp_path):
 def test_a_classifiers_verb_refuses_a_detector_and_the_other_way_round(tmp_path):
     save_detector(thin(), tmp_path / "d.safetensors")
     normfree.save(create_model("nfnet_nano", 4, **THIN), tmp_path / "n.safetensors")
-    with pytest.raises(InputError, match="is a detector: use `normfree detect predict`"):
+    with pytest.raises(InputError, match="is a detector: use the verbs of `normfree detect`"):
         load_network(tmp_path / "d.safetensors")
     with pytest.raises(InputError, match="is a detector"):
         create_model("nfnet_micro", 3, weights=tmp_path / "d.safetensors")

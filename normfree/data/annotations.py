@@ -366,10 +366,32 @@ def _rle(given: dict[str, Any], picture: Picture | None) -> dict[str, Any]:
     if isinstance(counts, list):
         runs, counts = counts, mask.frPyObjects([{"size": size, "counts": counts}], *size)[0]["counts"].decode()
     else:
-        runs = mask._mask.toUncompressedRLE([{"size": size, "counts": counts}])[0]["counts"]
-    if sum(runs) != size[0] * size[1]:
+        runs = _runs(str(counts).encode("ascii"))
+    if sum(runs) != size[0] * size[1] or min(runs) < 0:
         raise ValueError(f"{sum(runs)} pixels, the image has {size[0] * size[1]}")
     return {"size": size, "counts": counts}
+
+
+def _runs(counts: bytes) -> list[int]:
+    """The run lengths in COCO's string: five bits a character, lowest first; from the fourth on, less the last but one.
+
+    The library, which decodes without looking, must not get a string whose runs do not fill the image.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"the character {chr(byte)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("the counts are cut off")
+    return runs
 
 
 def as_rle(segmentation: Segmentation, width: int, height: int) -> dict[str, Any]:
