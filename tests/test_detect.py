@@ -632,6 +632,8 @@ def test_batch_normalization_is_not_clipped_unless_that_is_given(device: str) ->
     assert chosen() == ("none", None)
     assert chosen(clip="agc") == ("agc", 0.04)
     assert chosen(clipping=0.1) == ("agc", 0.1)
+    run, _ = choose_detection(GIVEN | {"backbone": "bn_resnet50", "batch_size": 4}, SCENES, Place("cpu"), {})
+    assert run.optim.lr == pytest.approx(4 * 0.00125)  # at our rate it diverges
 
 
 def test_a_recipes_rate_follows_the_batch() -> None:

@@ -15,6 +15,7 @@ from normfree.recipes.small import Given, Reason
 MINUTES = 30  # length of a run on a CPU
 LEAST_EPOCHS, MOST_EPOCHS = 3, 200
 MAX_LR = 0.3  # for batches of more than 6
+UNCLIPPED_LR = 0.02 / 16  # an image; without clipping, our own rate diverges (experiments/detection)
 SEEN = 20_000  # images of a run, where there is time
 EVALUATIONS = 8
 BACKBONES = (*(f"nfnet_f{size}" for size in range(5)), "nf_resnet50", "bn_resnet50")
@@ -135,6 +136,10 @@ def choose_detection(
         _network(run, scenes, place, take)
         if run.model.backbone.startswith("bn_") and not {"clip", "clipping"} & fixed.keys():
             take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
+            rate = UNCLIPPED_LR * start.optim.batch_size
+            take(
+                f"learning rate {rate:g} for {start.optim.batch_size} images, as torchvision's detectors have", lr=rate
+            )
         _batch(scenes, place, take)
     px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
     if "px" in fixed:
