@@ -78,7 +78,7 @@ class TrainDetector:
 
 def train(args: Sequence[str]) -> None:
     run, outcome = _train(Train, "train", args, "normfree.tasks.classification", "normfree.tasks.choice")
-    from normfree.tasks.classification import evaluation_command
+    from normfree.engine.run import evaluation_command
 
     best = outcome.folder / "best.safetensors"
     metric, what = ("balanced", "mean over classes") if "balanced" in outcome.last else ("top1", "top-1")
@@ -97,7 +97,7 @@ def detect_train(args: Sequence[str]) -> None:
     kept = [figure for figure in figures if figure.split()[1] in ("AP", "AP50")]
     at_best = f"{100 * outcome.best:.2f} % {metric.replace('_', ' ').replace('ap', 'AP')}"
     print(f"validation {', '.join(kept)} at the end; {at_best} at best (epoch {outcome.best_epoch:.3g})")
-    from normfree.tasks.classification import evaluation_command
+    from normfree.engine.run import evaluation_command
 
     predict = f"detect predict {quoted(best)} IMAGE_OR_FOLDER ... --pictures FOLDER"
     _say_next(outcome, predict, evaluation_command(run, best, "normfree detect eval"))

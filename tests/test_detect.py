@@ -636,6 +636,22 @@ def test_batch_normalization_is_not_clipped_unless_that_is_given(device: str) ->
     assert run.optim.lr == pytest.approx(4 * 0.00125)  # at our rate it diverges
 
 
+def test_the_rate_follows_clipping_optimizer_and_batch() -> None:
+    def chosen(**given: Any) -> float:
+        return choose_detection(GIVEN | given, SCENES, Place("cpu"), {})[0].optim.lr
+
+    assert chosen() == 0.1
+    assert [chosen(batch_size=size) for size in (1, 4)] == pytest.approx([0.05, 0.2])
+    assert chosen(clip="none") == pytest.approx(2 * 0.00125)
+    assert chosen(clip="norm") == 0.1
+    assert chosen(optimizer="adamw", batch_size=4) == pytest.approx(1e-4 * 0.5)
+    assert chosen(clip="none", lr=0.3) == 0.3
+
+
+def test_a_classifiers_verb_points_to_detection(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"normfree detect train {data}" in refused(capsys, "train", str(data))
+
+
 def test_a_recipes_rate_follows_the_batch() -> None:
     base = DETECTION_RECIPES["coco_nfnet_f0"]("coco")
     run, reasons = choose_detection(GIVEN | {"batch_size": 4}, SCENES, Place("cpu"), {}, base)

@@ -22,10 +22,11 @@ from normfree.engine import checkpoint, loop
 from normfree.engine.checkpoint import save_checkpoint
 from normfree.engine.log import RunLog
 from normfree.engine.loop import Diverged, Interrupted, train
+from normfree.engine.run import evaluation_command
 from normfree.errors import InputError
 from normfree.files import working_in
 from normfree.optim.sgd import SGD_AGC, sgd_step_
-from normfree.tasks.classification import Classification, build, evaluation_command, resume, start
+from normfree.tasks.classification import Classification, build, resume, start
 
 
 def poison_gradient(monkeypatch, layer: str, step: int, value: float = float("inf")) -> None:

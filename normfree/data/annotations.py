@@ -79,7 +79,7 @@ def find_annotations(spec: str) -> dict[str, Source]:
     if not path.exists():
         raise InputError(f"{spec} does not exist: give a folder of images with COCO or Pascal VOC annotations")
     known = "annotations/instances_train.json, train/_annotations.coco.json or Annotations/*.xml"
-    raise InputError(f"{spec} has no annotations of objects: neither {known}; or give the JSON file itself")
+    raise InputError(f"{spec} has no annotations of objects, such as {known}: add them, or give the JSON file itself")
 
 
 def json_files(folder: Path) -> list[Path]:

@@ -68,6 +68,8 @@ class DetectionImages(_Wrapper):
     """Lines to show before training on the images."""
     problems: Problems = field(default_factory=dict)
     """What was left out or changed: lines that name file and annotation, by kind. `problem_lines` shortens them."""
+    held_out: bool = False
+    """Whether the validation images were taken out of these."""
     batch_size: int = 0
     """If positive, `order` keeps wide and tall images apart in batches of this size."""
 
@@ -204,7 +206,7 @@ def open_detection(
         is_test = "validation" not in sources
         notes += ["its test images serve for validation: the best weights are chosen by them"] * is_test
     else:
-        train, validation = hold_out(train, validation_fraction, seed)
+        train, validation = hold_out(replace(train, held_out=True), validation_fraction, seed)
         validation = replace(validation, problems={}, notes=())
         notes += [f"it has no validation images: about {validation_fraction:.3g} of the images are held out"]
     problems = problem_lines(train, 1) + problem_lines(validation, 1)

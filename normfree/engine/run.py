@@ -176,6 +176,13 @@ def read_data(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / DATA} cannot be used ({one_line(error)})") from None
 
 
+def evaluation_command(run: Run, weights: Path, verb: str = "normfree eval") -> str:
+    """The command that evaluates on the validation images of `run`, in whose folder the weights are."""
+    options = options_of(run)
+    share = f" --held-out {options['validation_fraction']:g} --seed {run.seed}"
+    return f"{verb} {quoted(weights)} {quoted(options['path'])}{share if read_data(weights.parent)['held_out'] else ''}"
+
+
 def _carry_out(job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool = False) -> Outcome:
     """Trains; prints a description before and a summary after it, on standard error."""
     epochs = job.plan.total_steps / job.plan.steps_per_epoch

@@ -15,7 +15,7 @@ from normfree.recipes.small import Given, Reason
 MINUTES = 30  # length of a run on a CPU
 LEAST_EPOCHS, MOST_EPOCHS = 3, 200
 MAX_LR = 0.3  # for batches of more than 6
-UNCLIPPED_LR = 0.02 / 16  # an image; without clipping, our own rate diverges (experiments/detection)
+UNCLIPPED_LR = 0.02 / 16  # an image, torchvision's; our own diverges without clipping (experiments/detection)
 SEEN = 20_000  # images of a run, where there is time
 EVALUATIONS = 8
 BACKBONES = (*(f"nfnet_f{size}" for size in range(5)), "nf_resnet50", "bn_resnet50")
@@ -136,10 +136,6 @@ def choose_detection(
         _network(run, scenes, place, take)
         if run.model.backbone.startswith("bn_") and not {"clip", "clipping"} & fixed.keys():
             take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
-            rate = UNCLIPPED_LR * start.optim.batch_size
-            take(
-                f"learning rate {rate:g} for {start.optim.batch_size} images, as torchvision's detectors have", lr=rate
-            )
         _batch(scenes, place, take)
     px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
     if "px" in fixed:
@@ -154,10 +150,7 @@ def choose_detection(
     if base is None:  # the smallest anchors are half as long as what nine of ten objects exceed
         take(None, anchor_px=min(max(round(scenes.small_px * px / scenes.short_px / 8) * 4, 8), 32))
     _update(run, start, take)
-    if run.optim.batch_size != start.optim.batch_size:
-        lr = run.optim.lr * run.optim.batch_size / start.optim.batch_size
-        lr = min(lr, MAX_LR) if base is None else lr
-        take(f"learning rate {lr:.3g} for batches of {run.optim.batch_size}", lr=lr)
+    _rate(run, start, base is None, take)
     if run.optim.steps is None and "epochs" not in fixed and base is None:
         _length(run, scenes, place, take)
     o = run.optim
@@ -184,20 +177,33 @@ def _pixels(scenes: Scenes, place: Place) -> tuple[int, int]:
 
 
 def _batch(scenes: Scenes, place: Place, take: Callable[..., None]) -> None:
-    """Batch, learning rate, λ."""
+    """Batch."""
     size = 8 if place.device == "cuda" else small("").optim.batch_size
     take(None, batch_size=min(size, scenes.num_train))
 
 
 def _update(run: DetectionRun, start: DetectionRun, take: Callable[..., None]) -> None:
-    """Clipping and learning rate where another kind of clipping or optimizer is given."""
-    clip, o = run.optim.clip, run.optim
+    """λ, or the largest norm, for another kind of clipping; weight decay for AdamW."""
+    clip = run.optim.clip
     if clip != start.optim.clip:
         clipping = {"agc": small("").optim.clipping, "norm": 1.0, "none": None}[clip]
         take(f"clipping {clipping:g} for {spell('clip', clip)}" if clipping else None, clipping=clipping)
+    if run.optim.optimizer == "adamw" != start.optim.optimizer:
+        take("weight decay 0.05 for --optimizer adamw", weight_decay=0.05)
+
+
+def _rate(run: DetectionRun, start: DetectionRun, by_rule: bool, take: Callable[..., None]) -> None:
+    """Learning rate for batch, optimizer and clipping; without `by_rule`, a recipe's in proportion to the batch."""
+    o, size = run.optim, run.optim.batch_size
+    lr = start.optim.lr * size / start.optim.batch_size
+    why = f"batches of {size}"
     if o.optimizer == "adamw" != start.optim.optimizer:  # for 16 images 1e-4, as detectors of transformers are trained
-        lr = 1e-4 * math.sqrt(start.optim.batch_size / 16)
-        take(f"learning rate {lr:.3g} and weight decay 0.05 for --optimizer adamw", lr=lr, weight_decay=0.05)
+        lr, why = 1e-4 * math.sqrt(size / 16), f"--optimizer adamw and {why}"
+    elif by_rule:
+        unclipped = o.clipping is None
+        lr, why = (UNCLIPPED_LR * size, f"{why}, as nothing is clipped") if unclipped else (min(lr, MAX_LR), why)
+    if lr != start.optim.lr:
+        take(f"learning rate {lr:.3g} for {why}", lr=lr)
 
 
 def _length(run: DetectionRun, scenes: Scenes, place: Place, take: Callable[..., None]) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from normfree.config import ClassificationRun, ModelConfig, spell, with_options
 from normfree.data import DATASET_NAMES, has_validation, look_at, open_dataset
+from normfree.data.coco import is_detection
 from normfree.engine.device import autocast, memory_gib, pick_device
 from normfree.engine.run import passes_per_step
-from normfree.errors import InputError, nearest
+from normfree.errors import InputError, nearest, quoted
 from normfree.models import Network, create_model, find_variant, from_weights
 from normfree.models.files import read_any
 from normfree.native import library
@@ -37,7 +38,11 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
     draft.check()
     path, device = draft.data.path, pick_device(draft.machine.device)
     base, asked, weights = _starting_point(name, path, draft.model, given)
-    images, validation = open_dataset(path, validation_fraction=draft.data.validation_fraction, seed=draft.seed)
+    try:
+        images, validation = open_dataset(path, validation_fraction=draft.data.validation_fraction, seed=draft.seed)
+    except InputError as error:
+        hint = f"; its annotations are of objects: normfree detect train {quoted(path)}" if is_detection(path) else ""
+        raise InputError(f"{error}{hint}") from None
     if "validation_fraction" in given and has_validation(path):
         raise InputError(f"{spell('validation_fraction', given['validation_fraction'])}: {path} has validation images")
     counts = Counter(images.targets).values()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.config import ClassificationRun, DataConfig, DetectionRun, load_config
+from normfree.config import ClassificationRun, DataConfig, load_config
 from normfree.data import (
     Batch,
     LabelledImages,
@@ -35,7 +35,7 @@ from normfree.engine.log import wandb_init
 from normfree.engine.loop import Evaluation, Outcome, Shard
 from normfree.engine.run import Job, make_plan
 from normfree.engine.update import Update
-from normfree.errors import InputError, quoted
+from normfree.errors import InputError
 from normfree.models import Network, save
 from normfree.tasks.accuracy import (
     ClassScore,
@@ -292,11 +292,3 @@ def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
     saved = load_config(folder / "config.json")
     engine.check_resumed(folder, saved, run or saved)
     return engine.resume(build(run or saved), folder)
-
-
-def evaluation_command(run: ClassificationRun | DetectionRun, weights: Path, verb: str = "normfree eval") -> str:
-    """The command that evaluates on the validation images of `run`."""
-    data = run.data
-    held_out = engine.read_data(weights.parent)["held_out"]
-    own = f" --held-out {data.validation_fraction:g} --seed {run.seed}" if held_out else ""
-    return f"{verb} {quoted(weights)} {quoted(data.path)}{own}"

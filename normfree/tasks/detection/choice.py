@@ -23,7 +23,7 @@ from normfree.native import library
 from normfree.recipes.coco import BACKBONES, DETECTION_RECIPES, Place, Scenes, choose_detection
 from normfree.recipes.small import Given, Reason
 from normfree.tasks.detection.model import Detector
-from normfree.tasks.detection.task import Detection, detector, held_out
+from normfree.tasks.detection.task import Detection, detector
 from normfree.weights import ModelInfo
 from normfree.weights.file import DETECTOR, Weights
 from normfree.weights.read import read
@@ -44,7 +44,7 @@ def choose_recipe(name: str | None, given: Given) -> tuple[DetectionRun, tuple[R
     train_set, _ = open_detection(
         data.path, validation_fraction=data.validation_fraction, seed=draft.seed, strict=data.strict
     )
-    if "validation_fraction" in given and not held_out(train_set):
+    if "validation_fraction" in given and not train_set.held_out:
         raise InputError(f"{spell('validation_fraction', data.validation_fraction)}: {data.path} has validation images")
     base = DETECTION_RECIPES[name](data.path) if name else None
     weights = None if draft.model.init is None else read(draft.model.init, ZOO, given.get("backbone"))

@@ -151,7 +151,7 @@ class Detector(MaskRCNN):
         """
         batch, checked = self._batch(images, targets, resized=True)
         parts = self._losses(self.backbone(batch.tensors), batch, checked)
-        return {"loss": sum(parts.values(), torch.zeros(()).to(batch.tensors))} | parts
+        return with_sum(parts)
 
     @torch.no_grad()
     def detect(
@@ -186,7 +186,7 @@ class Detector(MaskRCNN):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             parts = self._losses(features, batch, checked)
-        return found, {"loss": sum(parts.values(), torch.zeros(()).to(batch.tensors))} | parts
+        return found, with_sum(parts)
 
     def train(self, mode: bool = True) -> Detector:
         """Training or evaluation mode; what `freeze` froze stays in evaluation mode."""
@@ -222,6 +222,11 @@ class Detector(MaskRCNN):
             for head, mode in zip(heads, modes, strict=True):
                 head.training = mode
         return first | second
+
+
+def with_sum(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses by name, and their sum as "loss"."""
+    return {"loss": torch.stack([*parts.values()]).sum()} | parts
 
 
 def _check_options(

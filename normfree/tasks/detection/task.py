@@ -33,7 +33,7 @@ from normfree.errors import InputError
 from normfree.tasks.accuracy import pick_workers
 from normfree.tasks.detection.evaluation import evaluate, on_device, scores_from
 from normfree.tasks.detection.metrics import score_table
-from normfree.tasks.detection.model import Detector, create_detector, freeze, roles, save_detector
+from normfree.tasks.detection.model import Detector, create_detector, freeze, roles, save_detector, with_sum
 from normfree.tasks.unreadable import Unreadable
 from normfree.weights.file import Weights
 
@@ -103,7 +103,7 @@ class Detection:
         """ "loss", the sum of the others, which have torchvision's names."""
         with autocast(self.device, self.run.precision):
             parts = forward(*on_device(batch, self.device), resized=True)
-        return {"loss": torch.stack([*parts.values()]).sum()} | parts
+        return with_sum(parts)
 
     def evaluate(self, forward: Callable[..., Any], shard: Shard, show: Callable[[int, int], None]) -> Evaluation:
         """Figures from 0 to 1 and losses; details: all scores, with a row for each class."""
@@ -156,7 +156,7 @@ def build(run: DetectionRun, weights: Weights | None = None) -> Job:
     assert model.info is not None
     model.info = replace(model.info, source=f"{COMMAND} {Path(data.path).name}", trained_on=content_sample(train_set))
     sets = {"train": train_set, "validation": validation_set}
-    recorded = {"held_out": held_out(train_set), "images": inventory(**sets)}
+    recorded = {"held_out": train_set.held_out, "images": inventory(**sets)}
     if device.type == "cpu" and run.machine.workers is None:  # processes that read would take cores from the network
         train_set, validation_set = (_cached(images) for images in sets.values())
     task = Detection(model, train_set, validation_set, run, device)
@@ -207,11 +207,6 @@ def detector(run: DetectionRun, train_set: DetectionImages, weights: Weights | N
     )
     freeze(model, m.freeze_stages)
     return model.to(memory_format=torch.channels_last)
-
-
-def held_out(train_set: DetectionImages) -> bool:
-    """Whether the validation images are some of these that were held out, as `open_detection` notes."""
-    return any(note.startswith("it has no validation images") for note in train_set.notes)
 
 
 def check_objects(run: DetectionRun, train_set: DetectionImages, validation_set: DetectionImages) -> None:
