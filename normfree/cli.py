@@ -34,6 +34,7 @@ Image networks without normalization layers.
   train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
   eval WEIGHTS DATA       accuracy of a weight file, in total and per class
   predict WEIGHTS PATH... labels for images and folders of images
+  embed WEIGHTS PATH...   features of images and folders of images: Parquet, NumPy or CSV
   detect train DATA       train a detector: Mask R-CNN on COCO annotations, or boxes alone
   detect eval WEIGHTS DATA    average precision of a detector, in total, by size and per class
   detect predict WEIGHTS PATH...  boxes, masks and scores for images and folders, and pictures of them
@@ -199,6 +200,32 @@ def predict(
     from normfree.deploy.predict import write_predictions
 
     write_predictions(weights, paths, out, top, device, workers)
+
+
+def embed(
+    weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
+    paths: Annotated[tuple[str, ...], Positional, arg(metavar="PATH...")],
+    out: str,
+    px: int | None = None,
+    device: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Features of images: what the network gives to its classifier, pooled and not normalised.
+
+    Args:
+        weights: Weight file that normfree wrote, with or without a classifier.
+        paths: Images and folders of images.
+        out: File to write, ending in .parquet, .npy (with the paths in a .json beside it) or .csv.
+        px: Side of the images in pixels, 8 to 4096; None: what the weights say.
+        device: cuda, mps or cpu; None: the first that is there.
+        workers: Processes that read images.
+    """
+    if not paths:
+        raise InputError("embed needs images: normfree embed WEIGHTS PATH ... --out FILE")
+    from normfree.deploy.embed import write_embeddings
+
+    unreadable = write_embeddings(weights, paths, out, px, device, workers)
+    print(f"wrote {out}{f'; {unreadable} images could not be read' if unreadable else ''}")
 
 
 def detect_eval(
@@ -405,6 +432,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": verb("eval", evaluate),
     "predict": verb("predict", predict),
+    "embed": verb("embed", embed),
     "detect train": detect_train,
     "detect eval": verb("detect eval", detect_eval),
     "detect predict": verb("detect predict", detect_predict),

@@ -351,7 +351,7 @@ def test_a_full_standard_output_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "eval", "predict", "models", "detect train", "detect eval", "detect predict"]
+    "verb", ["train", "eval", "predict", "embed", "models", "detect train", "detect eval", "detect predict"]
 )
 def test_verb_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -402,8 +402,8 @@ def test_verb_help(verb, capsys):
         ("eval nothing.safetensors mnist5k", "no weight file"),
         ("predict nothing.safetensors", "needs images"),
         ("data chekc photos", "no verb 'data chekc'; did you mean 'data check'"),
-        ("data", "predict, detect train, detect eval, detect predict, data check, data pack"),
-        ("detect", "predict, detect train, detect eval, detect predict, data check, data pack"),
+        ("data", "predict, embed, detect train, detect eval, detect predict, data check, data pack"),
+        ("detect", "predict, embed, detect train, detect eval, detect predict, data check, data pack"),
         ("models nfnet_g*", "no model fits 'nfnet_g*'"),
     ],
 )

@@ -17,7 +17,7 @@ from conftest import draw
 
 import normfree
 from normfree.cli import main
-from normfree.deploy import predict as module
+from normfree.deploy import rows as module
 from normfree.deploy.predict import predict
 from normfree.errors import InputError, quoted
 from normfree.files import utf8

@@ -15,6 +15,22 @@ from normfree.weights.states import is_own, plain_names, read_own_state, read_st
 from normfree.weights.timm import read_timm
 
 
+def find_file(path: str | os.PathLike) -> Path:
+    """The weight file that `read` reads: `path`, the best weights of a run folder, the copy of a file of the Hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    if hub.is_hub_uri(path):
+        return hub.fetch(str(path))
+    if (best := Path(path) / "best.safetensors").is_file():
+        return best
+    if not Path(path).is_file():
+        folder = " (that is a folder, with no best.safetensors in it)" if Path(path).is_dir() else ""
+        raise InputError(f"no weight file {str(path)!r}{folder}")
+    return Path(path)
+
+
 def read(
     path: str | os.PathLike, zoo: Zoo, name: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Weights:
@@ -31,13 +47,7 @@ def read(
     """
     source, overrides = str(path), dict(overrides or {})
     whole = {key: value for key, value in overrides.items() if key not in NON_WEIGHT_OPTIONS}
-    if hub.is_hub_uri(source):
-        path = hub.fetch(source)
-    elif (Path(path) / "best.safetensors").is_file():
-        path = Path(path) / "best.safetensors"
-    elif not Path(path).is_file():
-        folder = " (that is a folder, with no best.safetensors in it)" if Path(path).is_dir() else ""
-        raise InputError(f"no weight file {str(path)!r}{folder}")
+    path = find_file(path)
     try:
         kind = file_kind(path)
     except OSError as error:
