@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,8 @@ usage: normfree VERB ...
 Image networks without normalization layers.
 
   train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
-  eval WEIGHTS DATA       accuracy of a weight file, in total and per class
+  eval WEIGHTS DATA       accuracy of a weight file, in total and per class, at one or several resolutions
+  eval WEIGHTS DATA --probe   what its features are worth for other classes: neighbours and a linear classifier
   predict WEIGHTS PATH... labels for images and folders of images
   embed WEIGHTS PATH...   features of images and folders of images: Parquet, NumPy or CSV
   detect train DATA       train a detector: Mask R-CNN on COCO annotations, or boxes alone
@@ -147,34 +148,56 @@ def given_options(args: Sequence[str]) -> set[str]:
 def evaluate(
     weights: Annotated[str, Positional, arg(metavar="WEIGHTS")],
     data: Annotated[str, Positional, arg(metavar="DATA")],
-    px: int | None = None,
+    px: tuple[int, ...] | None = None,
+    probe: bool = False,
     held_out: float | None = None,
     seed: int | None = None,
     device: str | None = None,
     workers: int | None = None,
     out: str | None = None,
+    plot: str | None = None,
 ) -> None:
     """Accuracy and loss of a weight file on an image folder (its validation split, if it has one) or a packaged set.
 
     Args:
         weights: Weight file that normfree wrote.
-        data: Image folder with the classes of the weights, or `mnist5k`.
-        px: Side of the images in pixels, 8 to 4096; None: what the weights say.
-        held_out: Of a folder without a validation split, take only the share that training held out.
-        seed: The seed of that training; None: 0.
+        data: Image folder with the classes of the weights, or `mnist5k`; with --probe, with any classes.
+        px: Side of the images in pixels, 8 to 4096, or several sides to compare; None: what the weights say.
+        probe: What the frozen features are worth: nearest neighbours and a linear classifier on the training images,
+            whatever the classes of the weights. Features are kept for the next time.
+        held_out: Of a folder without a validation split, take only the share that training held out. With --probe: the
+            share to hold out; None: 0.1.
+        seed: The seed of that training, or of what --probe holds out; None: 0.
         device: cuda, mps or cpu; None: the first that is there.
         workers: Processes that read images; None: one less than the cores.
-        out: File for the whole report. .json: everything, with the confusion matrix; .csv: a row for each class.
+        out: File for the whole report. .json: everything, with the confusion matrix; .csv: a row for each class, or for
+            each of several --px.
+        plot: Picture of the accuracy over several --px, ending in .png, .svg or .pdf.
     """
-    from normfree.tasks.accuracy import evaluate_weights, score_table
+    if probe:
+        from normfree.tasks.probe import probe_lines, probe_weights
 
-    accuracy, info = evaluate_weights(weights, data, px, held_out, seed, device, workers, out)
-    for line in accuracy.unreadable:
-        print(f"warning: not counted: {line}", file=sys.stderr)
+        probes = probe_weights(weights, data, px, held_out, seed, device, workers, out, plot)
+        _not_counted(line for found in probes for line in found.unreadable)
+        print(*probe_lines(probes), sep="\n")
+        return
+    from normfree.tasks.accuracy import evaluate_resolutions, resolution_table, score_table
+
+    results = evaluate_resolutions(weights, data, px, held_out, seed, device, workers, out, plot)
+    _not_counted(line for found in results for line in found.accuracy.unreadable)
+    if len(results) > 1:
+        print(*resolution_table(results), sep="\n")
+        return
+    accuracy, info = results[0].accuracy, results[0].info
     print(*score_table(accuracy.scores(info.class_names)), *accuracy.mistakes(info.class_names), sep="\n")
     top5 = f", top-5 {accuracy.top5_percent:.2f} %" if info.num_classes > 5 else ""
     figures = f"top-1 {accuracy.top1_percent:.2f} %{top5}, loss {accuracy.loss:.4g}"
     print(f"{figures} on {accuracy.num_images} images at {info.eval_px} px")
+
+
+def _not_counted(unreadable: Iterable[str]) -> None:
+    for line in dict.fromkeys(unreadable):
+        print(f"warning: not counted: {line}", file=sys.stderr)
 
 
 def predict(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.data import Batch
-from normfree.tasks.accuracy import Accuracy, ClassScore, evaluate, score_table, write_report
+from normfree.tasks.accuracy import Accuracy, ClassScore, evaluate, score_table
+from normfree.tasks.reports import write_report
 
 NAMES = ["cat", "dog, wild", "=eel\n"]
 

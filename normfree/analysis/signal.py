@@ -29,13 +29,11 @@ from normfree.errors import InputError, check_range, nearest
 from normfree.files import check_writable
 from normfree.models import Network, create_model, list_models, load
 from normfree.tasks.accuracy import batches_for
+from normfree.tasks.reports import LINES, PLOT_SUFFIXES
 from normfree.weights import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 
-PLOT_SUFFIXES = (".pdf", ".png", ".svg")
 DEFAULT_PX = 224  # for networks that do not say
 PANELS = {"squared_mean": "squared mean", "variance": "variance", "branch_variance": "branch variance"}
-# Okabe and Ito's colours, distinguishable without red-green vision; line styles distinguish them in grey
-LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-."), ("#000000", "-"), ("#E69F00", "--"))
 OPEN_CIRCLES: dict[str, Any] = dict(linestyle="", marker="o", markersize=6, markerfacecolor="white")
 SMALLEST = 1e-6  # a squared mean below this is rounding
 

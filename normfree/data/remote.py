@@ -63,7 +63,7 @@ def open_file(path: str) -> BinaryIO:
             _download(path, unfinished)
         file = unfinished.open("rb")  # opened before it is published: another process may evict it
         unfinished.replace(copy)
-    _evict(copy, limit)
+    evict(copy, limit, "*.tar")
     return file
 
 
@@ -131,10 +131,10 @@ def _cache_bytes() -> float:
     return 1e9 * float(limit)
 
 
-def _evict(newest: Path, limit: float) -> None:
-    """Deletes the least recently used copies, but not `newest`, until all take at most `limit` bytes."""
+def evict(newest: Path, limit: float, pattern: str) -> None:
+    """Deletes files by `pattern` beside `newest`, least recently used first, until all take at most `limit` bytes."""
     copies = []
-    for path in newest.parent.glob("*.tar"):
+    for path in newest.parent.glob(pattern):
         with contextlib.suppress(FileNotFoundError):  # another process may be evicting, too
             copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     excess = sum(size for _, size, _ in copies) - limit

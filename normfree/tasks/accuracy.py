@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.config import MAX_PX, MAX_SEED, MAX_WORKERS
+from normfree.config import MAX_SEED, MAX_WORKERS
 from normfree.data import (
     Batch,
     EvalTransform,
@@ -31,11 +27,10 @@ from normfree.data import (
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import progress
 from normfree.errors import InputError, check_range
-from normfree.files import check_writable, replacing, utf8
 from normfree.layers import reuse_weights
 from normfree.models import load
+from normfree.tasks.reports import check_outputs, plot_curves, save_reports, versions
 from normfree.weights import ModelInfo
-from normfree.weights.file import package_version
 
 EVAL_BATCH = 64
 
@@ -52,6 +47,20 @@ class Accuracy:
     top5: int = 0
     loss_sum: float = 0.0
     unreadable: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> Accuracy:
+        """Of logits (N, K) for images of the classes `targets` (N,)."""
+        accuracy = cls(torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.int64))
+        accuracy.count(logits, targets)
+        return accuracy
+
+    def count(self, logits: Tensor, targets: Tensor) -> None:
+        """Counts images with logits (N, K), on the CPU, and classes (N,)."""
+        self.loss_sum += F.cross_entropy(logits.double(), targets, reduction="sum").item()
+        best = logits.topk(min(5, logits.shape[1]), 1).indices
+        self.top5 += int((best == targets[:, None]).any(1).sum())
+        self.confusion.index_put_((targets, best[:, 0]), torch.tensor(1), accumulate=True)
 
     @property
     def num_images(self) -> int:
@@ -155,24 +164,6 @@ def score_table(scores: Iterable[ClassScore], most: int | None = None) -> list[s
     return [*lines[: cut + 1], "...", *lines[cut + 1 :]] if cut else lines
 
 
-def write_report(report: Mapping[str, Any], path: Path, suffix: str) -> None:
-    """Writes an evaluation's report as JSON, or for the suffix .csv a row for each class.
-
-    The columns of the CSV file are the scores, then the counts of what images of the class were taken for.
-    """
-    if suffix == ".csv":
-        confusion, file = report["confusion"], StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*report["per_class"][0], *(f"taken for {name}" for name in confusion["classes"])])
-        for row, counts in zip(report["per_class"], confusion["rows_true_columns_predicted"], strict=True):
-            writer.writerow([*row.values(), *counts])
-        text = file.getvalue()
-    else:  # one line for each key
-        lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in report.items())
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-    path.write_bytes(utf8(text))
-
-
 def eval_transform(info: ModelInfo) -> EvalTransform:
     return EvalTransform(info.eval_px, info.eval_crop, info.crop_fraction)
 
@@ -215,10 +206,7 @@ def evaluate(
                     continue
                 with autocast(device, precision):
                     logits = (forward or model)(prepare(batch.images, mean, std, device)).float().cpu()
-                result.loss_sum += F.cross_entropy(logits.double(), batch.targets, reduction="sum").item()
-                best = logits.topk(min(5, num_classes), 1).indices
-                result.top5 += int((best == batch.targets[:, None]).any(1).sum())
-                result.confusion.index_put_((batch.targets, best[:, 0]), torch.tensor(1), accumulate=True)
+                result.count(logits, batch.targets)
     finally:
         model.train(was_training)
     return result
@@ -269,6 +257,19 @@ def warn_of_trained(images: Samples, info: ModelInfo) -> None:
         print(f"warning: {what}; see --held-out", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """`info` has the classes and pixels of the evaluation, which took `seconds`."""
+
+    accuracy: Accuracy
+    info: ModelInfo
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.accuracy.num_images / max(self.seconds, 1e-9)
+
+
 def evaluate_weights(
     weights: str,
     data: str,
@@ -279,36 +280,76 @@ def evaluate_weights(
     workers: int | None = None,
     out: str | None = None,
 ) -> tuple[Accuracy, ModelInfo]:
-    """Accuracy of a weight file on a folder or packaged set, at `px` pixels (default: the file's).
+    """`evaluate_resolutions` at one resolution, `px` or that of the file."""
+    sides = None if px is None else [px]
+    (found,) = evaluate_resolutions(weights, data, sides, held_out, seed, device, workers, out)
+    return found.accuracy, found.info
+
+
+def evaluate_resolutions(
+    weights: str,
+    data: str,
+    px: Sequence[int] | None = None,
+    held_out: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    out: str | None = None,
+    plot: str | None = None,
+) -> list[Evaluated]:
+    """Accuracy of a weight file on a folder or packaged set, at each of `px` (default: the file's pixels).
 
     `held_out` and `seed` (default: 0) are those of a training that held images out itself: just these are taken.
-    `out`: a new file, .json or .csv, for the whole report (`write_report`). Raises InputError.
+    `out`: a new file, .json or .csv, for the whole report (`save_reports`). `plot`: a picture of top-1 over several
+    resolutions, .png, .svg or .pdf. Raises InputError.
     """
-    check_range("px", px, 8, MAX_PX)
+    check_outputs(px, out, plot)
     check_evaluation(workers, held_out, seed)
-    check_writable(out, endings=(".json", ".csv"))
     where = pick_device(device)
     model = load(weights).float()
     assert model.info is not None
-    info = replace(model.info, eval_px=px or model.info.eval_px)
+    info = model.info
     if not info.class_names:
-        raise InputError(f"{weights} has no class names, so the classes of {data} cannot be matched to its outputs")
+        unmatched = f"the classes of {data} cannot be matched to its outputs"
+        raise InputError(f"{weights} has no class names, so {unmatched}; --probe needs none")
     images = open_evaluation(data, info.class_names, held_out=held_out, seed=seed or 0)
     for note in images.notes:
         print(f"warning: {data}: {note}", file=sys.stderr)
     warn_of_trained(images, info)
     model = model.to(where).to(memory_format=torch.channels_last)
-    began = time.monotonic()
-    with progress("evaluate") as show:
-        accuracy = evaluate_images(model, info, images, where, pick_workers(workers, images), show=show)
-    if accuracy.num_images == 0:
-        raise InputError(f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}")
-    if out is not None:
-        crop = {"px": info.eval_px, "crop": info.eval_crop, "crop_fraction": info.crop_fraction}
-        machine = {"precision": "float32", "device": str(where), "seconds": round(time.monotonic() - began, 3)}
-        report = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
-        report |= accuracy.report(info.class_names) | {"architecture": info.architecture} | crop | machine
-        report |= {"versions": {"normfree": package_version(), "torch": torch.__version__}}
-        with replacing(out) as temporary:
-            write_report(report, temporary, Path(out).suffix)
-    return accuracy, info
+    found: list[Evaluated] = []
+    for each in (replace(info, eval_px=side) for side in px or (info.eval_px,)):
+        began = time.monotonic()
+        with progress("evaluate" if len(px or ()) < 2 else f"{each.eval_px} px") as show:
+            accuracy = evaluate_images(model, each, images, where, pick_workers(workers, images), show=show)
+        if accuracy.num_images == 0:
+            raise InputError(
+                f"none of the {len(images)} images of {data} can be read; the first: {accuracy.unreadable[0]}"
+            )
+        found.append(Evaluated(accuracy, each, time.monotonic() - began))
+    head = {"weights": weights, "data": data, "held_out": held_out, "seed": seed}
+    save_reports(head, [_report(each, where) for each in found], out)
+    if plot is not None and px is not None:
+        plot_curves(px, {"top-1": [each.accuracy.top1_percent for each in found]}, info.eval_px, plot)
+    return found
+
+
+def resolution_table(results: Sequence[Evaluated]) -> list[str]:
+    """Accuracy, loss and speed by resolution, as a table, and which is the best."""
+    lines = [f"{'px':>5}  {'top-1':>8}  {'top-5':>8}  {'loss':>7}  images/s"]
+    for found in results:
+        accuracy = found.accuracy
+        top5 = f"{accuracy.top5_percent:.2f} %" if found.info.num_classes > 5 else "-"
+        figures = f"{accuracy.top1_percent:>6.2f} %  {top5:>8}  {accuracy.loss:>7.4g}  {found.images_per_second:>8.0f}"
+        lines.append(f"{found.info.eval_px:>5}  {figures}")
+    best = max(results, key=lambda found: found.accuracy.top1_percent)
+    top1 = f"top-1 {best.accuracy.top1_percent:.2f} % at {best.info.eval_px} px"
+    return [*lines, f"highest: {top1}, on {best.accuracy.num_images} images"]
+
+
+def _report(found: Evaluated, device: torch.device) -> dict[str, Any]:
+    info = found.info
+    crop = {"px": info.eval_px, "crop": info.eval_crop, "crop_fraction": info.crop_fraction}
+    machine = {"precision": "float32", "device": str(device), "seconds": round(found.seconds, 3)}
+    machine["images_per_second"] = round(found.images_per_second, 1)
+    return found.accuracy.report(info.class_names) | {"architecture": info.architecture} | crop | machine | versions()
