@@ -161,9 +161,22 @@ def test_many_images_choose_on_an_equal_share_of_each_class(monkeypatch):
 
 def test_a_constant_feature_and_a_class_of_one_image():
     train, targets = clusters(3, 20, 0)
-    train[:, 5], keep = 4, np.r_[0:41]
+    train[:, 5], keep = 0.1, np.r_[0:41]
     found = linear_probe(train[keep], targets[keep], train, 3)
-    assert np.isfinite(found.logits).all()
+    images = train.copy()
+    images[:, 5] += 1e-6
+    again = linear_probe(train[keep], targets[keep], images, 3)
+    np.testing.assert_allclose(again.logits, found.logits, atol=1e-3)
+
+
+def test_one_image_of_each_class(weights, photos, capsys):
+    for path in photos.glob("train/*/*.jpg"):
+        if path.name != "00.jpg":
+            path.unlink()
+    run("eval", weights, photos, "--probe --device cpu --workers 0")
+    out, _ = capsys.readouterr()
+    assert "linear probe: C 0.01, not chosen, as no class has two training images" in out
+    assert out.splitlines()[3].startswith("1 nearest neighbours ")
 
 
 def test_the_command(weights, photos, tmp_path, capsys):

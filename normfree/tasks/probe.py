@@ -120,7 +120,7 @@ def linear_probe(train: np.ndarray, targets: np.ndarray, images: np.ndarray, num
     from sklearn.linear_model import LogisticRegression
 
     mean, deviation = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
-    scale = np.where(deviation > 0, deviation, 1.0)
+    scale = np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0)  # less is the rounding of a constant
     train, images = (((part - mean.astype(np.float32)) / scale.astype(np.float32)) for part in (train, images))
     rng = np.random.default_rng(0)
     chosen, strengths = np.arange(len(train)), STRENGTHS
@@ -232,7 +232,7 @@ def _features(cache: FeatureCache, part: str, images: LabelledImages, workers: i
         values, readable, unreadable = cache.features(images, pick_workers(workers, images), show)
     if not readable:
         raise InputError(f"none of the {len(images)} {part} images can be read; the first: {unreadable[0]}")
-    return _Part(values, np.asarray(images.targets)[readable], tuple(unreadable))
+    return _Part(values, np.asarray(images.targets, np.int64)[readable], tuple(unreadable))
 
 
 def _probe(
@@ -278,7 +278,9 @@ def probe_lines(probes: Sequence[Probe]) -> list[str]:
         lines.append(f"{name:<{widths}}" + "".join(f"{probe.top1[name]:>9.2f} %" for probe in probes))
     strengths = ", ".join(f"{probe.fit.strength:g}" for probe in probes)
     subset = "" if first.fit.chosen_on == first.num_train else f" of {first.fit.chosen_on}"
-    lines.append(f"linear probe: C {strengths}, the best on {first.fit.held_out}{subset} training images")
+    reason = f"the best on {first.fit.held_out}{subset} training images"
+    reason = reason if first.fit.held_out else "not chosen, as no class has two training images"
+    lines.append(f"linear probe: C {strengths}, {reason}")
     stopped = ", ".join(str(probe.info.eval_px) for probe in probes if not probe.fit.converged)
     lines += [f"the linear probe was stopped after {MAX_ITERATIONS} iterations at {stopped} px"] if stopped else []
     sizes = f"{first.linear.num_images} images, {first.num_train} training images, {len(first.class_names)} classes"
