@@ -178,6 +178,27 @@ def test_rows_without_their_count_are_refused(weights, folder, capsys, monkeypat
     assert sorted(Path().glob("x*")) == [Path("x.csv")]
 
 
+def test_a_run_that_has_trained_on_is_not_continued(weights, folder, capsys, monkeypatch):
+    """The folder is the same, the best weights in it are not."""
+    Path("run").mkdir()
+    shutil.copy(weights, "run/best.safetensors")
+    prepare, calls = module.prepare, []
+
+    def stop_in_the_second_batch(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prepare(*args)
+
+    monkeypatch.setattr(module, "prepare", stop_in_the_second_batch)
+    run("predict", "run", folder, "--out", "x.csv", code=130)
+    model = normfree.load("run")
+    model.head.fc.bias.data += 1
+    normfree.save(model, "run/best.safetensors")
+    run("predict", "run", folder, "--out", "x.csv", code=2)
+    assert "was begun with other weights, images or --top" in capsys.readouterr().err
+
+
 def test_two_at_once(weights, folder, capsys, monkeypatch):
     prepare = module.prepare
 
