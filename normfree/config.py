@@ -23,6 +23,7 @@ AugmentStyle = Literal["pil", "paper"]
 CropStyle = Literal["pil", "paper", "shift"]
 MixPairs = Literal["stream", "batch"]
 OptimizerName = Literal["sgd", "adamw"]
+Tune = Literal["all", "head", "gradual"]
 Clip = Literal["agc", "norm", "none"]
 Precision = Literal["float32", "bfloat16"]
 FORMAT = 2  # of config.json; format 1 named neither format nor task, which was classification
@@ -61,7 +62,7 @@ class ModelConfig:
     init: str | None = None
     """Weight file or run folder to start from (fine-tuning); the classifier keeps classes with the same names."""
     freeze: bool = False
-    """Train the classifier only (linear probe)."""
+    """The same as `--tune head`."""
 
     def overrides(self) -> dict[str, Any]:
         """Options of the variant that are set, by name."""
@@ -106,9 +107,9 @@ class DataConfig:
     """Their strength, 0 to 30; the paper's is 5 for F0, 10 for F1 and F2, 15 from F3 on."""
     randaugment_style: AugmentStyle = "paper"
     """paper: the released code's arithmetic, for about 224 px and more; pil: for images of any size."""
-    eval_crop: EvalCrop = "center"
+    eval_crop: Chosen[EvalCrop] = "center"
     """center: keep the aspect, resize with antialiasing, crop. The others are the authors' crops."""
-    crop_fraction: float = 1.0
+    crop_fraction: Chosen[float] = 1.0
     """Share of the short side that the center crop keeps."""
     max_unreadable: float = 0.05
     """Stop if more than this share of the training images cannot be read."""
@@ -220,6 +221,15 @@ class ClassifierOptim(OptimConfig):
     """Share of the label that is distributed over all classes."""
     balance: Chosen[float] = 0.0
     """0: classes weigh as many images as they have; 1: all weigh the same (logit adjustment); or in between."""
+    tune: Tune = "all"
+    """What is trained of the weights of `--init`. all: everything; head: the classifier alone (linear probe), on
+    features as in evaluation; gradual: for `--head-epochs` the classifier alone, then everything."""
+    head_epochs: Chosen[float] = 0.0
+    """Epochs in which `--tune gradual` trains the classifier alone. In as many after them, the learning rate of all
+    other weights rises from 0."""
+    layer_decay: Chosen[float] = 1.0
+    """The learning rate is multiplied by this for each block between a weight and the classifier, 0 to 1; 1: all
+    weights have the same."""
 
     def check(self) -> None:
         """Raises InputError for the first value out of its range."""
@@ -227,6 +237,12 @@ class ClassifierOptim(OptimConfig):
         smoothing = self.label_smoothing
         _need(0 <= smoothing < 1, f"label-smoothing {smoothing}: from 0 to less than 1")
         _need(0 <= self.balance <= 1, f"balance {self.balance}: between 0 and 1")
+        alone, decay = self.head_epochs, self.layer_decay
+        _need(alone >= 0, f"head-epochs {alone}: at least 0")
+        _need(self.tune == "gradual" or not alone, f"head-epochs {alone} has no effect without --tune gradual")
+        _need(self.tune != "gradual" or alone > 0, "tune gradual needs --head-epochs")
+        _need(0 < decay <= 1, f"layer-decay {decay}: more than 0, at most 1")
+        _need(self.tune != "head" or decay == 1, f"layer-decay {decay} has no effect with --tune head")
 
 
 @dataclass(frozen=True)

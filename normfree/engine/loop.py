@@ -206,7 +206,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
         """Raises Diverged if a step has been held back; waits for the device."""
         if (bad := int(watch.first)) >= 0:
             batch = next(task.batches(range(bad, bad + 1), shard))
-            raise Diverged(_blame(task, sam, plan, batch, seed, bad), bad + 1, plan.lr_at(bad))
+            raise Diverged(_blame(task, update, sam, plan, batch, seed, bad), bad + 1, plan.lr_at(bad))
 
     # --- the steps ---
     wait = _Wait()
@@ -220,7 +220,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
                 lr = plan.lr_at(step)
                 log_now = (step + 1) % plan.log_every == 0 or step + 1 in plan.eval_steps
                 check = log_now or (step + 1) % check_every == 0  # waits for the device; nothing is saved without it
-                losses = _gradients(task, sam, plan, batch, seed, step)
+                losses = _gradients(task, update, sam, plan, batch, seed, step)
                 held = watch.see(step, losses["loss"], update.names)
                 if check:
                     check_finite()
@@ -282,13 +282,13 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
 Losses = dict[str, Tensor]
 
 
-def _gradients(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Losses:
+def _gradients(task: Task, update: Update, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> Losses:
     """Mean losses of the batch of a step, with gradients in the parameters. Repeated calls give the same.
 
     With sharpness-aware minimization, the loss is not finite if the ascent's was not.
     """
     torch.manual_seed(seed * 1_000_003 + step)
-    sam.optimizer.zero_grad(set_to_none=True)
+    update.prepare(step)
     if not sam.rho:
         return _add_gradients(task, batch, plan.batch_size, plan.micro_batch)
     size = ascent_size(plan.batch_size, plan.sam_fraction)
@@ -402,7 +402,7 @@ def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
         raise Diverged(bad.replace(".", " ", 1), step, lr)
 
 
-def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
+def _blame(task: Task, update: Update, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
     """Repeats a step that was held back, and names the first layer whose output or gradient is not finite."""
     found: list[str] = []
 
@@ -415,7 +415,7 @@ def _blame(task: Task, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -
 
     handles = [module.register_forward_hook(watch(name)) for name, module in task.model.named_modules()]
     try:
-        loss = _gradients(task, sam, plan, batch, seed, step)["loss"]
+        loss = _gradients(task, update, sam, plan, batch, seed, step)["loss"]
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,12 +12,42 @@ from torch import Tensor, nn
 
 from normfree.config import OptimConfig
 from normfree.optim import AGC, EMA, SGD_AGC, AGCStats, param_groups
+from normfree.optim.groups import split_by_layer
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Learning rates by layer: that of layer l is multiplied by decay^(head - l), where `head` is the last layer.
+
+    Attributes:
+        layers: the layer of each parameter, from 0 on.
+        decay: above 0, at most 1.
+        head_steps: so many first steps train the head alone; in as many after them, all other rates rise from 0.
+        train_head_only: called with whether a step trains the head alone, before it.
+    """
+
+    layers: Mapping[nn.Parameter, int]
+    decay: float = 1.0
+    head_steps: int = 0
+    train_head_only: Callable[[bool], None] = lambda only: None
+
+    @cached_property
+    def head(self) -> int:
+        """The last layer."""
+        return max(self.layers.values())
+
+    def factor(self, layer: int, step: int) -> float:
+        """What the learning rate of `layer` is multiplied by in step number `step`, counted from 0."""
+        below = self.head - layer
+        rising = (step + 1 - self.head_steps) / self.head_steps if below and self.head_steps else 1.0
+        return self.decay**below * min(max(rising, 0.0), 1.0)
 
 
 class Update:
     """What a run does with the gradients of a step, as its `OptimConfig` says.
 
     Args:
+        rates: learning rates by layer; None: one for all.
         roles: `classifier` and `exempt`, for `param_groups`.
 
     Attributes:
@@ -23,10 +55,11 @@ class Update:
         ema: the moving average of the weights.
     """
 
-    def __init__(self, model: nn.Module, o: OptimConfig, **roles: Any):
-        self.model, self.options = model, o
+    def __init__(self, model: nn.Module, o: OptimConfig, rates: LayerRates | None = None, **roles: Any):
+        self.model, self.options, self.rates = model, o, rates
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups = param_groups(model, o.weight_decay, o.clipping if o.clip == "agc" else None, **roles)
+        groups = groups if rates is None else split_by_layer(groups, rates.layers)
         device = next(model.parameters()).device.type
         self.agc: AGC | None = None
         if o.optimizer == "sgd":
@@ -39,13 +72,19 @@ class Update:
         self.ema = EMA(model, o.ema_decay)
         self.norm: Tensor | None = None  # of all gradients in the last step, with `clip` "norm"
 
+    def prepare(self, step: int) -> None:
+        """Clears the gradients, and freezes what step number `step` does not train."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.rates is not None and self.rates.head_steps:
+            self.rates.train_head_only(step < self.rates.head_steps)
+
     def step(self, step: int, lr: float, hold: Tensor) -> None:
         """Update number `step`, counted from 0, at learning rate `lr`.
 
         `hold`: bool scalar on the device. If it is true, weights and optimizer do not change. Only a CPU waits for it.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if self.rates is None else lr * self.rates.factor(group["layer"], step)
         if self.options.clip == "norm" and self.options.clipping is not None:
             self.norm = nn.utils.clip_grad_norm_(self.names, self.options.clipping)
         if isinstance(self.optimizer, SGD_AGC):

@@ -246,6 +246,7 @@ class Network(nn.Module):
     info: ModelInfo | None = None  # what a weight file says of this network; create_model and load set it
     out_indices: tuple[int, ...] | None = None
     final_norm = False  # whether `act` normalizes
+    head_only = False
 
     def _finish(
         self,
@@ -433,6 +434,33 @@ class Network(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: gains, biases, SkipInit gains (`param_groups`)."""
         return {name for name, p in self.named_parameters() if p.ndim <= 1}
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise rates: 0 for the stem, one for each block, one for the head.
+
+        The final convolution belongs to the last block, as in timm.
+        """
+        part, *place = name.split(".")
+        blocks = [len(cast(Stage, stage)) for stage in self.stages]
+        if part == "stages":
+            return 1 + sum(blocks[: int(place[0])]) + int(place[1])
+        return {"stem": 0, "head": sum(blocks) + 1}.get(part, sum(blocks))
+
+    def train_head_only(self, only: bool = True) -> None:
+        """Freezes everything but the head, and keeps it in evaluation mode while the head trains; False: trains all."""
+        if only != self.head_only:
+            self.head_only = only
+            for name, p in self.named_parameters():
+                p.requires_grad_(not only or name.startswith("head."))
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        """Training or evaluation mode; what `train_head_only` froze stays in evaluation mode."""
+        super().train(mode)
+        if self.head_only:
+            for name, part in self.named_children():
+                part.train(mode and name == "head")
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

@@ -178,3 +178,13 @@ def param_groups(
         group = {"params": params} | {name: value for name, value in settings.items() if value != "optimizer"}
         result.append(group | ({"transposed": conv_groups} if conv_groups else {}))
     return result
+
+
+def split_by_layer(groups: Iterable[Mapping[str, Any]], layers: Mapping[nn.Parameter, int]) -> list[dict[str, Any]]:
+    """The groups, each split into groups of one layer, whose number is their key `layer`. The order is kept."""
+    split: dict[tuple[int, int], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for p in group["params"]:
+            part = split.setdefault((number, layers[p]), dict(group) | {"params": [], "layer": layers[p]})
+            part["params"].append(p)
+    return list(split.values())

@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, ModelConfig, options_of, spell, with_options
+from normfree.config import (
+    ClassificationRun,
+    ClassifierOptim,
+    DataConfig,
+    EvalCrop,
+    ModelConfig,
+    options_of,
+    spell,
+    with_options,
+)
 from normfree.errors import InputError
 
 MINUTES = (30, 10)  # length of a run on a CPU, for images in colour and for grey ones
@@ -76,12 +85,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Asked:
-    """The network that --model or --init names, with its resolutions; `in_channels` of its weights, None without."""
+    """The network that --model or --init names, with its resolutions; channels and crop of its weights, or None."""
 
     name: str
     train_px: int
     eval_px: int
     in_channels: int | None = None
+    eval_crop: EvalCrop | None = None
+    crop_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,12 @@ class Reason:
 
 
 def choose(
-    given: Given, images: Images, machine: Machine, asked: Asked | None = None, base: ClassificationRun | None = None
+    given: Given,
+    images: Images,
+    machine: Machine,
+    asked: Asked | None = None,
+    base: ClassificationRun | None = None,
+    rule_for: Callable[[Images, Machine, Asked | None], ClassificationRun] | None = None,
 ) -> tuple[ClassificationRun, tuple[Reason, ...]]:
     """The given options, and all others as they suit these, the images and the machine; with the reasons.
 
@@ -101,6 +117,7 @@ def choose(
         given: options of the run by name, its path among them.
         asked: the network, where it is given; None: it is chosen.
         base: a recipe, whose values are taken as far as they go with what is given; None: the rules for the images.
+        rule_for: these rules; None: those for training from scratch.
 
     Raises:
         InputError: two given options contradict each other, or one does nothing without another.
@@ -108,7 +125,7 @@ def choose(
     for pair in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         if all(given.get(name) is not None for name in pair):
             raise InputError(f"{' and '.join(spell(name, given[name]) for name in pair)}: give one of them")
-    run = rule = base or _rule(images, machine, asked)
+    run = rule = base or (rule_for or _rule)(images, machine, asked)
     if asked is not None and asked.name != rule.model.model:
         run = replace(rule, model=ModelConfig(asked.name, in_channels=rule.model.in_channels))
     usual = options_of(base or _rule(images, machine, None))
@@ -122,6 +139,7 @@ def choose(
             raise InputError(f"{spell(name, given[name])} does nothing without --{needed.replace('_', '-')}")
     choice.memory()  # may measure the run, as may the next
     choice.length()
+    choice.head()
     choice.data()
     choice.evaluations()
     return choice.run, tuple(choice.reasons)
@@ -131,7 +149,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> Classificati
     """The run for images and machine, without given options."""
     count, channels = images.num_train, 1 if images.grey else 3
     size = min(64 if count >= 20_000 else 32, max(2, count // 8))  # at least some hundred steps an epoch
-    optim = ClassifierOptim(batch_size=size, lr=0.1, clipping=_clipping("nfnet_micro", size))
+    optim = ClassifierOptim(batch_size=size, lr=0.1, clipping=clipping_for("nfnet_micro", size))
     if images.are_small:  # the runs are too short to need dropout and stochastic depth
         px = max(28, -(-images.short_px // 4) * 4)
         epochs = round(min(max(10 if images.grey else 28, 300_000 / count), 60))
@@ -157,7 +175,7 @@ def _rule(images: Images, machine: Machine, asked: Asked | None) -> Classificati
     )
 
 
-def _clipping(name: str, size: int) -> float | None:
+def clipping_for(name: str, size: int) -> float | None:
     """λ of a network at a batch size. The paper's halves as the batch doubles, as in recipes/imagenet.py."""
     if name in OURS:
         return 0.1 if size >= 64 else 0.04
@@ -182,6 +200,11 @@ class _Choice:
     rule: ClassificationRun
     run: ClassificationRun
     reasons: list[Reason] = field(default_factory=list)
+
+    @property
+    def tuning(self) -> bool:
+        """Whether the run starts from weights, by the rules for that."""
+        return self.base is None and self.asked is not None and self.asked.in_channels is not None
 
     def take(self, because: tuple[str, ...] = (), **options: tuple[Any, str | None]) -> None:
         """Sets options that are not given; joins their texts, unless None, to one reason.
@@ -220,6 +243,10 @@ class _Choice:
             train_px, eval_px = min(px, _scaled(px, train_px, eval_px)), px
         elif asked is not None and eval_px != asked.eval_px and not given.keys() & {"train_px", "eval_px"}:
             limit = f", as the images' short side is {images.short_px} px"
+        if asked is not None and asked.eval_crop is not None:
+            crop = "center" if "crop_fraction" in given else given.get("eval_crop", asked.eval_crop)
+            share = asked.crop_fraction if crop == asked.eval_crop == "center" else 1.0
+            self.take(("init",), eval_crop=(crop, None), crop_fraction=(share, None))
         name, colours = self.run.model.model, "grey" if images.grey else "in colour"
         texts = name, f"{train_px} px in training", f"{eval_px} px in evaluation{limit}"
         if not given.keys() & set(causes):
@@ -235,17 +262,18 @@ class _Choice:
         new = self.base is None
         by_paper = name != self.rule.model.model and name not in OURS
         if by_paper:
-            lr, clipping, weight_decay = 0.1 * size / 256, _clipping(name, size), ClassifierOptim.weight_decay
+            lr, clipping, weight_decay = 0.1 * size / 256, clipping_for(name, size), ClassifierOptim.weight_decay
         elif size != o.batch_size:
             lr = o.lr * size / o.batch_size
             if size > o.batch_size:  # to 0.3 at most, where small networks begin to diverge, or to the paper's
                 lr = min(lr, max(o.lr, min(0.1 * size / 32, 0.3), 0.1 * size / 256))
-            clipping = _clipping(name, size) if new or name in OURS else clipping
+            clipping = clipping_for(name, size) if new or name in OURS else clipping
         if (adamw := self.run.optim.optimizer == "adamw") and o.optimizer != "adamw":
             lr, weight_decay = 0.001 * math.sqrt(size / 256), 0.05  # the square root: Malladi et al. 2022
+            lr = lr / 8 if self.tuning and o.tune != "head" else lr
         clip = self.run.optim.clip
         if clip != o.clip:
-            clipping = {"agc": clipping or _clipping(name, size), "norm": 1.0, "none": None}[clip]
+            clipping = {"agc": clipping or clipping_for(name, size), "norm": 1.0, "none": None}[clip]
         what = "gradients clipped to the norm" if clip == "norm" else "λ"
         clips = "nothing clipped" if clipping is None else f"{what} {clipping:.3g}"
         causes = (*(("optimizer",) if adamw else ()), *(("clip",) if clip != o.clip else ()), "batch_size")
@@ -276,7 +304,7 @@ class _Choice:
         elif given.get("steps") is None:
             epochs, explain = o.epochs, self.base is None
             text = f"{epochs:g} epochs: {round(epochs * images.num_train / 1000)} thousand images seen"
-            if self.rule.model.model not in OURS:
+            if self.rule.model.model not in OURS and not self.tuning:
                 text = f"{epochs:g} epochs, a quarter of the paper's 360"
             matters = "steps" not in given and (self.unusual & COSTLY or (explain and images.are_small))
             if matters and self.machine.images_per_s:
@@ -307,6 +335,15 @@ class _Choice:
             explain = warmup != usual and given.keys() & {"epochs", "steps"}
             text = f"warm-up of {warmup:.3g} {unit}" if explain else None
             self.take(("epochs", "steps"), **{name: (warmup, text)})
+
+    def head(self) -> None:
+        """The first epochs of `tune` "gradual"."""
+        if "head_epochs" in self.given and self.run.optim.tune != "gradual":
+            raise InputError(f"{spell('head_epochs', self.given['head_epochs'])} has no effect without --tune gradual")
+        if self.run.optim.tune == "gradual":
+            epochs = self.length_in("epochs", self.run.optim) / 5
+            text = f"the classifier alone in the first {epochs:.3g} epochs"
+            self.take(("tune", "epochs", "steps"), head_epochs=(epochs, text))
 
     def length_in(self, unit: str, optim: ClassifierOptim) -> float:
         """Length of a run in epochs or steps."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.config import ClassificationRun, ModelConfig, spell, with_options
-from normfree.data import DATASET_NAMES, has_validation, look_at, open_dataset
+from normfree.config import ClassificationRun, ClassifierOptim, ModelConfig, Tune, spell, with_options
+from normfree.data import DATASET_NAMES, count_sampled, has_validation, look_at, open_dataset
 from normfree.data.coco import is_detection
 from normfree.engine.device import autocast, memory_gib, pick_device
 from normfree.engine.run import passes_per_step
@@ -23,7 +23,7 @@ from normfree.errors import InputError, nearest, quoted
 from normfree.models import Network, create_model, find_variant, from_weights
 from normfree.models.files import read_any
 from normfree.native import library
-from normfree.recipes import RECIPES
+from normfree.recipes import RECIPES, transfer
 from normfree.recipes.small import Asked, Given, Images, Machine, Reason, choose
 from normfree.weights.file import Weights
 
@@ -34,8 +34,14 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
         raise InputError(f"no recipe {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}")
     loose: dict[str, Any] = {"clipping": None} if given.get("clip") == "none" else {}
     loose |= {"epochs": math.inf, "warmup_epochs": 0.0, "lr": max(0.1, given.get("final_lr", 0.0)), "mixup": 0.2}
+    loose |= {"head_epochs": 1.0} if given.get("tune") == "gradual" else {}
     draft = with_options(ClassificationRun(), loose | dict(given))  # placeholders that contradict no given option
     draft.check()
+    if {"freeze", "tune"} <= given.keys():
+        raise InputError(f"{spell('freeze', given['freeze'])} and {spell('tune', given['tune'])}: give one of them")
+    if draft.model.init is None and (untrained := given.keys() & {"freeze", "tune", "head_epochs", "layer_decay"}):
+        name = min(untrained)
+        raise InputError(f"{spell(name, given[name])} is for pre-trained weights: add --init WEIGHTS")
     path, device = draft.data.path, pick_device(draft.machine.device)
     base, asked, weights = _starting_point(name, path, draft.model, given)
     try:
@@ -49,16 +55,23 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
     seen = Images(len(images), images.class_names, *look_at(images), max(counts) / min(counts), len(validation))
 
     @functools.cache
-    def model(config: ModelConfig) -> Network:
+    def model(config: ModelConfig, tune: Tune) -> Network:
+        run = ClassificationRun(config, optim=ClassifierOptim(tune=tune))
         with torch.random.fork_rng(devices=[]):  # a copy: measuring changes running averages
-            return copy.deepcopy(network(config, images.class_names, weights)[0]).to(device).train()
+            return copy.deepcopy(network(run, images.class_names, weights)[0]).to(device).train()
 
     def of_run(measure: Callable[..., float]) -> Callable[..., float]:
-        return lambda run, *more: measure(model(run.model), run, *more)
+        return lambda run, *more: measure(model(run.model, run.optim.tune), run, *more)
 
     speed = of_run(images_per_second) if device.type == "cpu" and name is None else None
     machine = Machine(device.type, memory_gib(device), speed, of_run(image_mib))
-    return *choose(given, seen, machine, asked, base), weights
+    if weights is None:
+        return *choose(given, seen, machine, asked, base), None
+    if trained := count_sampled(validation, weights.info.trained_on):
+        what = f"the weights of --init were trained on {trained} of {len(validation)} validation images, or more"
+        print(f"warning: {what}: the accuracy will be too high", file=sys.stderr)
+    rule = functools.partial(transfer.rule, tune="head" if draft.model.freeze else draft.optim.tune)
+    return *choose(given, seen, machine, asked, base, rule), weights
 
 
 def _starting_point(
@@ -75,12 +88,13 @@ def _starting_point(
             px = {"train_px": run.data.train_px or own.train_px, "eval_px": run.data.eval_px or own.eval_px}
             run = with_options(run, px)
         return run, None, _read(with_options(run, given).model, run.model.model)
-    base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None
     if weights := _read(model, given.get("model")):
         info = weights.info
         if given.get("model", info.architecture) != info.architecture:
             raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
-        return base, Asked(info.architecture, info.train_px, info.eval_px, info.in_channels), weights
+        pixels = info.train_px, info.eval_px, info.in_channels, info.eval_crop, info.crop_fraction
+        return None, Asked(info.architecture, *pixels), weights
+    base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None
     own = find_variant(model.model)
     return base, Asked(model.model, own.train_px, own.eval_px) if "model" in given else None, None
 
@@ -90,18 +104,16 @@ def _read(m: ModelConfig, name: str | None) -> Weights | None:
 
 
 def network(
-    m: ModelConfig, class_names: Sequence[str], weights: Weights | None = None
+    run: ClassificationRun, class_names: Sequence[str], weights: Weights | None = None
 ) -> tuple[Network, tuple[str, ...]]:
-    """The network on the CPU, frozen as `m` says, and notes on its weights (`weights`, if `m.init` has been read)."""
-    notes = ()
+    """The network on the CPU, frozen as the run says, and notes on its weights (`weights`, if they have been read)."""
+    m, notes = run.model, ()
     if m.init is None:
         model = create_model(m.model, len(class_names), m.in_channels, **m.overrides())
     else:
         size = len(class_names), m.in_channels
         model, notes = from_weights(m.model, *size, m.init, m.overrides(), class_names, weights)
-    if m.freeze:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
+    model.train_head_only(m.freeze or run.optim.tune == "head")
     return model.to(memory_format=torch.channels_last), notes
 
 

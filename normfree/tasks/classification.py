@@ -32,9 +32,9 @@ from normfree.engine import run as engine
 from normfree.engine.checkpoint import check_free
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import wandb_init
-from normfree.engine.loop import Evaluation, Outcome, Shard
+from normfree.engine.loop import Evaluation, Outcome, Plan, Shard
 from normfree.engine.run import Job, make_plan
-from normfree.engine.update import Update
+from normfree.engine.update import LayerRates, Update
 from normfree.errors import InputError
 from normfree.models import Network, save
 from normfree.tasks.accuracy import (
@@ -194,7 +194,7 @@ def build(run: ClassificationRun, weights: Weights | None = None) -> Job:
     )
     plan = make_plan(run, len(train_set))
     torch.manual_seed(run.seed)
-    model, notes = network(run.model, train_set.class_names, weights)
+    model, notes = network(run, train_set.class_names, weights)
     assert model.info is not None
     info = replace(
         model.info,
@@ -223,7 +223,7 @@ def build(run: ClassificationRun, weights: Weights | None = None) -> Job:
     return Job(
         run,
         task,
-        Update(model, run.optim),
+        Update(model, run.optim, _rates(model, run, plan), exempt=model.head if run.model.init else ()),
         plan,
         name=f"{name}-{run.model.model}",
         source=run.data.path,
@@ -235,6 +235,18 @@ def build(run: ClassificationRun, weights: Weights | None = None) -> Job:
         evaluation=(len(validation_set) / plan.batch_size, (info.eval_px / info.train_px) ** 2 / 3),
         summary=_class_table,
     )
+
+
+def _rates(model: Network, run: ClassificationRun, plan: Plan) -> LayerRates | None:
+    """The learning rates of `layer_decay` and `tune` "gradual"; None: one for all weights."""
+    o = run.optim
+    head_steps = round(o.head_epochs * plan.steps_per_epoch)
+    if head_steps >= plan.total_steps:
+        raise InputError(f"--head-epochs {o.head_epochs:g} leave none of {plan.total_steps} steps to the other weights")
+    if o.layer_decay == 1 and not head_steps:
+        return None
+    layers = {p: model.layer_of(name) for name, p in model.named_parameters()}
+    return LayerRates(layers, o.layer_decay, head_steps, model.train_head_only)
 
 
 def _describe(task: Classification) -> list[str]:
