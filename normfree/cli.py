@@ -118,6 +118,9 @@ def _train(
     given = given_options(args)
     if options.resume is None:
         values = {name: value for name, value in options_of(options.run).items() if name in given | {"path"}}
+        default = options_of(target().run)["path"]
+        if "init" in given and default and values["path"] == default not in args:  # DATA is not given
+            values = choice.data_of_init(values)
         run, reasons, weights = choice.choose_recipe(options.recipe, values)
         out = None if options.out is None else Path(options.out)
         return run, task.start(run, out, [reason.text for reason in reasons], weights)
@@ -321,13 +324,12 @@ def models(pattern: Annotated[str, Positional, arg(metavar="PATTERN")] = "*") ->
     from normfree.analysis.zoo import zoo
 
     rows = zoo(pattern)
-    print(
-        f"{'model':<15}{'params':>10}{'train px':>10}{'GMACs':>9}{'test px':>9}{'GMACs':>9}  published ImageNet top-1"
-    )
+    sizes = f"{'model':<15}{'params':>10}{'train px':>10}{'GMACs':>9}{'test px':>9}{'GMACs':>9}"
+    print(f"{sizes}  {'published ImageNet top-1':<26}weights for --init")
     for row in rows:
         print(
             f"{row.name:<15}{row.params / 1e6:>8.2f} M{row.train_px:>10}{row.train_macs / 1e9:>9.2f}"
-            f"{row.test_px:>9}{row.test_macs / 1e9:>9.2f}  {row.published or '-'}"
+            f"{row.test_px:>9}{row.test_macs / 1e9:>9.2f}  {row.published or '-':<26}{row.weights or '-'}"
         )
 
 

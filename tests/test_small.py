@@ -314,7 +314,7 @@ def test_speed_and_memory_are_measured_without_a_trace():
     state = torch.get_rng_state()
     run, _ = choose({}, Images(500, COLOURS, 32, False), CPU)
     with torch.random.fork_rng(devices=[]):
-        model = network(run.model, COLOURS)[0].train()
+        model = network(run, COLOURS)[0].train()
     assert 1 < images_per_second(model, run, enough=0) < 1e6
     kept = image_mib(model, run)
     assert 0.1 < kept < 10

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from normfree.errors import InputError, nearest
 from normfree.models import create_model, find_variant, list_models
+from normfree.weights.timm import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class ZooRow:
     test_px: int
     test_macs: int
     published: str
+    weights: str  # where weights are published, and their licence
 
 
 def zoo(pattern: str = "*") -> list[ZooRow]:
@@ -43,4 +46,14 @@ def _row(name: str) -> ZooRow:
         variant.eval_px,
         model.count_macs(variant.eval_px),
         variant.published,
+        _published(name),
     )
+
+
+def _published(name: str) -> str:
+    """The Hub's address, the authors' file, the licence; "" if there are none."""
+    if name not in PUBLISHED:
+        return ""
+    released = re.fullmatch(r"nfnet_f([0-6])", name)
+    file = f" = F{released[1]}_haiku.npz" if released else ""
+    return f"hf://{PUBLISHED[name]}{file}, Apache-2.0"

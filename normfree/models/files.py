@@ -121,7 +121,7 @@ def from_weights(
     own = model.state_dict()
     if model.out_indices is None:
         rows, note = rows_kept(info, num_classes, class_names)
-        notes.append(note)
+        notes += [_counted(own, rows, num_classes), note]
         old = {key: state.pop(key) for key in [*state] if key.startswith("head.fc.")}
         for key in (key for key in own if key.startswith("head.fc.")):
             state[key] = own[key].clone()
@@ -135,6 +135,17 @@ def from_weights(
     return model, tuple(notes)
 
 
+def _counted(own: Mapping[str, Tensor], rows: Sequence[Any], num_classes: int) -> str:
+    """How many tensors and parameters of a network come from a file, if its classifier has these rows of it."""
+    sizes = {key: value.numel() for key, value in own.items()}
+    head = [key for key in sizes if key.startswith("head.fc.")]
+    total = sum(sizes[key] for key in head)
+    new = total - total * len(rows) // max(num_classes, 1)
+    tensors = len(sizes) - (len(head) if new else 0)
+    fresh = f"; {new:,} parameters of the classifier are new" if new else ""
+    return f"{tensors} of {len(sizes)} tensors, {sum(sizes.values()) - new:,} parameters, are taken over{fresh}"
+
+
 def rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
     """Pairs of rows (new classifier, file's classifier) to be copied, and a note for the user."""
     if not num_classes:
@@ -144,15 +155,23 @@ def rows_kept(info: ModelInfo, num_classes: int, class_names: Sequence[str]) -> 
         names = [unicodedata.normalize("NFC", name) for name in class_names]
         rows = [(row, old[name]) for row, name in enumerate(names) if name in old]
         new, gone = [name for name in names if name not in old], [name for name in old if name not in names]
+        loose = {_loosely(name): name for name in old}
+        close = [f"{name} ({loose[_loosely(name)]} in the file)" for name in new if _loosely(name) in loose]
+        spelled = f"; spelled differently: {some(close)}" if close else ""
         if not rows:
-            return [], f"the classifier is new: none of the {num_classes} classes is among the file's"
+            return [], f"the classifier is new: none of the {num_classes} classes is among the file's{spelled}"
         note = f"the classifier keeps its rows for {len(rows)} of {num_classes} classes"
         note += "".join(f"; {what}: {some(names)}" for what, names in (("new", new), ("left out", gone)) if names)
-        return rows, note
+        return rows, note + spelled
     if num_classes == info.num_classes:
         unnamed = "" if info.class_names else ", though the file does not name its classes"
         return [(row, row) for row in range(num_classes)], f"the classifier for {num_classes} classes is kept{unnamed}"
     return [], f"the classifier is new: {num_classes} classes, where the file has {info.num_classes or 'none'}"
+
+
+def _loosely(name: str) -> str:
+    """A class name without case, spaces and punctuation."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def save(model: nn.Module, path: str | os.PathLike, info: ModelInfo | None = None) -> None:

@@ -89,6 +89,7 @@ class LightVariant(Variant):
     gamma_in_conv: bool = True
     padding: str = "symmetric"
     ws_eps: float = 1e-5
+    stem_width: int | None = None
 
 
 LIGHT_VARIANTS: dict[str, LightVariant] = {
@@ -96,6 +97,18 @@ LIGHT_VARIANTS: dict[str, LightVariant] = {
     "eca_nfnet_l0": LightVariant((1, 2, 6, 3), 0.0, 224, 288, final_width=2304, published="82.6 % (timm)"),
     "eca_nfnet_l1": LightVariant((2, 4, 12, 6), 0.0, 256, 320, published="84.0 % (timm)"),
     "eca_nfnet_l2": LightVariant((3, 6, 18, 9), 0.0, 320, 384, published="84.7 % (timm)"),
+    "test_nfnet": LightVariant(  # to try things out
+        (1, 1, 1, 1),
+        0.0,
+        160,
+        160,
+        (32, 64, 96, 128),
+        8,
+        bottleneck_width=(8, 16, 24, 32),
+        final_width=192,
+        eca=False,
+        stem_width=128,
+    ),
 }
 
 
@@ -205,6 +218,7 @@ class NFNet(Network):
         final_width: int | None = None,
         stem_channels: Sequence[int] = (16, 32, 64),
         stem_strides: Sequence[int] = (2, 1, 1, 2),
+        stem_width: int | None = None,
         gamma_in_conv: bool = False,
         padding: str = "same",
         ws_eps: float | None = None,
@@ -224,7 +238,9 @@ class NFNet(Network):
 
         self.stem = Stem()
         channels = in_channels
-        for i, (out, stride) in enumerate(zip((*stem_channels, width[0] // 2), stem_strides, strict=True)):
+        for i, (out, stride) in enumerate(
+            zip((*stem_channels, stem_width or width[0] // 2), stem_strides, strict=True)
+        ):
             if i:
                 self.stem.add_module(f"act{i}", Activation(activation))
             self.stem.add_module(f"conv{i}", conv(channels, out, 3, stride, input_scale=gamma if i else outer_scale))

@@ -20,7 +20,7 @@ from normfree.config import (
     spell,
     with_options,
 )
-from normfree.errors import InputError
+from normfree.errors import InputError, quoted
 
 MINUTES = (30, 10)  # length of a run on a CPU, for images in colour and for grey ones
 LEAST_EPOCHS = 3
@@ -132,6 +132,7 @@ def choose(
     unusual = {name for name, value in given.items() if value != usual[name]}
     choice = _Choice(given, unusual, images, machine, asked, base, rule, with_options(run, given))
     choice.network()
+    choice.weights()
     choice.batch()
     options = options_of(choice.run)
     for name, needed in _VOID.items():
@@ -255,6 +256,15 @@ class _Choice:
         model = name, texts[0] if base is None else None
         self.take(causes, model=model, train_px=(train_px, texts[1]), eval_px=(eval_px, texts[2]))
 
+    def weights(self) -> None:
+        """Says, of photographs, that there are pre-trained weights."""
+        if self.base is None and not self.tuning and not self.images.are_small and not self.images.grey:
+            light = self.machine.device == "cpu"
+            address = f"hf://timm/{'nf_regnet_b1' if light else 'eca_nfnet_l0'}.ra2_in1k"
+            command = f"normfree train {quoted(self.given['path'])} {spell('init', address)}"
+            what = "no pre-trained weights, which on photographs save time and gain accuracy"
+            self.reasons.append(Reason((), f"{what} (docs/transfer.md): {command}"))
+
     def batch(self) -> None:
         """Learning rate and λ for the batch size: our rules for our networks, the paper's for all others."""
         o, name, size = self.rule.optim, self.run.model.model, self.run.optim.batch_size
@@ -338,8 +348,6 @@ class _Choice:
 
     def head(self) -> None:
         """The first epochs of `tune` "gradual"."""
-        if "head_epochs" in self.given and self.run.optim.tune != "gradual":
-            raise InputError(f"{spell('head_epochs', self.given['head_epochs'])} has no effect without --tune gradual")
         if self.run.optim.tune == "gradual":
             epochs = self.length_in("epochs", self.run.optim) / 5
             text = f"the classifier alone in the first {epochs:.3g} epochs"

@@ -9,12 +9,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normfree.config import ClassificationRun, ClassifierOptim, ModelConfig, Tune, spell, with_options
+from normfree.config import ClassificationRun, ClassifierOptim, ModelConfig, Tune, load_config, spell, with_options
 from normfree.data import DATASET_NAMES, count_sampled, has_validation, look_at, open_dataset
 from normfree.data.coco import is_detection
 from normfree.engine.device import autocast, memory_gib, pick_device
@@ -39,8 +40,8 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
     draft.check()
     if {"freeze", "tune"} <= given.keys():
         raise InputError(f"{spell('freeze', given['freeze'])} and {spell('tune', given['tune'])}: give one of them")
-    if draft.model.init is None and (untrained := given.keys() & {"freeze", "tune", "head_epochs", "layer_decay"}):
-        name = min(untrained)
+    if draft.model.init is None and (draft.model.freeze or draft.optim.tune != "all"):
+        name = "freeze" if draft.model.freeze else "tune"
         raise InputError(f"{spell(name, given[name])} is for pre-trained weights: add --init WEIGHTS")
     path, device = draft.data.path, pick_device(draft.machine.device)
     base, asked, weights = _starting_point(name, path, draft.model, given)
@@ -72,6 +73,23 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
         print(f"warning: {what}: the accuracy will be too high", file=sys.stderr)
     rule = functools.partial(transfer.rule, tune="head" if draft.model.freeze else draft.optim.tune)
     return *choose(given, seen, machine, asked, base, rule), weights
+
+
+def data_of_init(given: Given) -> dict[str, Any]:
+    """The given options with the data of the run that `init` names, split as they were.
+
+    Raises:
+        InputError: `init` is no run folder, so that it does not say on which data to train.
+    """
+    folder = Path(given["init"])
+    if not (folder / "config.json").is_file():
+        option = spell("init", given["init"])
+        raise InputError(f"{option} needs images to train on: normfree train DATA {option}")
+    run = load_config(folder / "config.json")
+    data = {"path": run.data.path, "validation_fraction": run.data.validation_fraction, "seed": run.seed}
+    if has_validation(run.data.path):
+        del data["validation_fraction"]
+    return data | {name: value for name, value in given.items() if name != "path"}
 
 
 def _starting_point(

@@ -36,7 +36,7 @@ def _reg(final_width: int, *width: int) -> dict[str, Any]:
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"dm_nfnet_f{i}": (f"nfnet_f{i}", _DM) for i in range(7)},
     **{f"nfnet_f{i}": (f"nfnet_f{i}", _OWN | _DM) for i in range(8)},
-    **{name: (name, {}) for name in ("nfnet_l0", "eca_nfnet_l0", "eca_nfnet_l1", "eca_nfnet_l2")},
+    **{name: (name, {}) for name in ("nfnet_l0", "eca_nfnet_l0", "eca_nfnet_l1", "eca_nfnet_l2", "test_nfnet")},
     **{f"nf_resnet{i}": (f"nf_resnet{i}", _RES) for i in (26, 50, 101)},
     **{f"nf_seresnet{i}": (f"nf_resnet{i}", _RES | {"se_ratio": 1 / 16}) for i in (26, 50, 101)},
     **{f"nf_ecaresnet{i}": (f"nf_resnet{i}", _RES | {"eca": True}) for i in (26, 50, 101)},
@@ -48,12 +48,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nf_regnet_b5": ("nf_regnet_b5", _reg(1536, 64, 128, 256, 528)),
 }
 
+# our name -> the repository of timm's Hub with weights for it; all have the licence Apache-2.0
+PUBLISHED: dict[str, str] = {
+    **{f"nfnet_f{i}": f"timm/dm_nfnet_f{i}.dm_in1k" for i in range(7)},
+    **{name: f"timm/{name}.ra2_in1k" for name in ("nfnet_l0", "eca_nfnet_l0", "eca_nfnet_l1")},
+    **{name: f"timm/{name}.ra2_in1k" for name in ("nf_resnet50", "nf_regnet_b1")},
+    "eca_nfnet_l2": "timm/eca_nfnet_l2.ra3_in1k",
+    "test_nfnet": "timm/test_nfnet.r160_in1k",
+}
+
 _RESNETS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 26, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
 _REGNET_DEPTHS = ((1, 3, 6, 6), (2, 4, 7, 7), (2, 4, 8, 8), (2, 5, 9, 9), (2, 6, 11, 11), (3, 7, 14, 14))
 _REGNETS: dict[tuple[int, ...], int] = {depth: number for number, depth in enumerate(_REGNET_DEPTHS)}
 
 # timm's training px, test px and crop fraction for its own weights, if they differ from our variant's
 _PREPARED = {"nf_resnet50": (256, 288, 0.94), "nf_regnet_b1": (256, 288, 0.9), "nfnet_l0": (224, 288, 1.0)}
+_PREPARED["test_nfnet"] = (160, 160, 0.95)
 _PREPARED |= {
     f"eca_nfnet_l{i}": (px, test_px, 1.0) for i, (px, test_px) in enumerate([(224, 288), (256, 320), (320, 384)])
 }
@@ -117,7 +127,8 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
         if any(key.endswith("skipinit_gain") for key in state):
             name = f"dm_nfnet_f{number}"
         else:
-            name = f"{gate}_nfnet_l{number}".lstrip("_") if 4 * inner == outer else f"nfnet_f{number}"
+            light = "test_nfnet" if blocks == (1, 1, 1, 1) else f"{gate}_nfnet_l{number}".lstrip("_")
+            name = light if 4 * inner == outer else f"nfnet_f{number}"
     elif "stem.conv.weight" in state and "final_conv.weight" in state:
         name = f"nf_regnet_b{_REGNETS.get(blocks)}"
     elif "stem.conv.weight" in state:
