@@ -240,7 +240,7 @@ def test_what_is_taken_from_the_first_weights_is_said(photos, tmp_path, capsys):
     assert said == [
         f"init     unlike the network of {weights}: activation=relu",
         "init     stem.conv0 is adapted from 3 to 1 channels, mean and deviation averaged",
-        "init     64 of 66 tensors, 9,632 parameters, are taken over; 33 parameters of the classifier are new",
+        "init     140 of 142 tensors, 35,377 parameters, are taken over; 65 parameters of the classifier are new",
         "init     the classifier keeps its rows for 2 of 3 classes; new: blue; left out: yellow",
     ]
     info = load(tmp_path / "run" / "last.safetensors").info
