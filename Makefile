@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (PyTorch alone is some gigabytes) ..."
 	@test -x .uv/bin/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore --target .uv uv
 	@test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-	@.uv/bin/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
+	@.uv/bin/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install
