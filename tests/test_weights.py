@@ -140,7 +140,7 @@ def test_light_networks_are_timms():
             theirs, ours = timm.create_model(name), create_model(name)
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
         cfg = timm.get_pretrained_cfg(name)
-        prepared = names.preparation(name)
+        prepared = names.preparation(name, 3)
         assert (prepared["train_px"], prepared["eval_px"]) == (cfg.input_size[-1], cfg.test_input_size[-1])
         assert (prepared["crop_fraction"], prepared["eval_crop"]) == (cfg.test_crop_pct, "center")
         assert ours.info is not None

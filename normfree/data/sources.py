@@ -76,7 +76,8 @@ def open_evaluation(
     """
     splits = _splits(spec)
     images, folder = evaluation_images(splits, spec, held_out, seed), splits.folder
-    return match_classes(images, class_names, "weights", lambda: _suggest(folder) if folder else "")
+    probe = "; --probe measures what their features are worth for other classes"
+    return match_classes(images, class_names, "weights", lambda: (_suggest(folder) if folder else "") or probe)
 
 
 def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -165,9 +165,12 @@ def match_classes(
     """
     place = {class_key(name): target for target, name in enumerate(class_names)}
     used = sorted(set(images.targets))
-    for name in (images.class_names[target] for target in used):
-        if class_key(name) not in place:
-            hint = nearest(name, class_names) or suggest()
-            raise InputError(f"class {name!r} is not among the {len(place)} of the {owner}{hint}")
+    names = [images.class_names[target] for target in used]
+    if unknown := [name for name in names if class_key(name) not in place]:
+        if len(unknown) == len(names) > 1:
+            listed = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            raise InputError(f"none of the classes {listed} is among the {len(place)} of the {owner}{suggest()}")
+        hint = nearest(unknown[0], class_names) or suggest()
+        raise InputError(f"class {unknown[0]!r} is not among the {len(place)} of the {owner}{hint}")
     moved = {target: place[class_key(images.class_names[target])] for target in used}
     return replace(images, class_names=tuple(class_names), targets=[moved[target] for target in images.targets])

@@ -78,6 +78,11 @@ def network_of(weights: Weights, path: str | os.PathLike) -> Network:
     return model.eval()
 
 
+def unfilled(info: ModelInfo) -> Weights:
+    """Initial values for a network that `info` describes and whose tensors will be replaced."""
+    return Weights(build(info.architecture, info.num_classes, info.in_channels, info.overrides).state_dict(), info)
+
+
 def from_weights(
     name: str,
     num_classes: int,

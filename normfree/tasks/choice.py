@@ -110,6 +110,8 @@ def _starting_point(
         info = weights.info
         if given.get("model", info.architecture) != info.architecture:
             raise InputError(f"{model.init} holds weights of {info.architecture}, not of {model.model}")
+        if info.in_channels not in (1, 3) and "in_channels" not in given:
+            raise InputError(f"{model.init} takes images of {info.in_channels} channels; --in-channels 3 adapts it")
         pixels = info.train_px, info.eval_px, info.in_channels, info.eval_crop, info.crop_fraction
         return None, Asked(info.architecture, *pixels), weights
     base = RECIPES[path](path) if path in DATASET_NAMES and path in RECIPES else None

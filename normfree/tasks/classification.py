@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from normfree.data import (
     train_batches,
 )
 from normfree.engine import run as engine
-from normfree.engine.checkpoint import check_free
+from normfree.engine.checkpoint import MANIFEST, check_free, newest_whole
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import wandb_init
 from normfree.engine.loop import Evaluation, Outcome, Plan, Shard
@@ -37,6 +38,7 @@ from normfree.engine.run import Job, make_plan
 from normfree.engine.update import LayerRates, Update
 from normfree.errors import InputError
 from normfree.models import Network, save
+from normfree.models.files import unfilled
 from normfree.tasks.accuracy import (
     ClassScore,
     eval_transform,
@@ -147,11 +149,11 @@ class Classification:
         return ".".join(parts[: 2 if parts[0] == "stages" else 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The images that were reported, so that a resumed run does not report or count them again."""
-        return self.unreadable.state_dict()
+        """The images that were reported, so that a resumed run does not report or count them again, and the network."""
+        return self.unreadable.state_dict() | {"network": self.info.to_metadata()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restores `state_dict`, but for the network, which has been built from it."""
         self.unreadable.load_state_dict(state)
 
     def save(self, path: Path) -> None:
@@ -303,4 +305,12 @@ def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
     """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
     saved = load_config(folder / "config.json")
     engine.check_resumed(folder, saved, run or saved)
-    return engine.resume(build(run or saved), folder)
+    info = None if saved.model.init is None else _checkpointed(folder)
+    return engine.resume(build(run or saved, info and unfilled(info)), folder)
+
+
+def _checkpointed(folder: Path) -> ModelInfo | None:
+    """The network in the newest checkpoint of a run, which then needs `init` no more; None before the first one."""
+    path, _ = newest_whole(folder / "checkpoints")
+    header = path and json.loads((path / MANIFEST).read_text())["extra"].get("task", {}).get("network")
+    return ModelInfo.from_metadata(header) if header else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normfree.errors import InputError
 from normfree.files import replacing
-from normfree.weights.file import Report, Weights, Zoo, spelled, write_tensors
+from normfree.weights.file import ModelInfo, Report, Weights, Zoo, spelled, write_tensors
 from normfree.weights.states import depth, size
 
 _EPS = {"ws_eps": 1e-5}
@@ -97,17 +97,19 @@ def read_timm(
     """timm's state dict in our terms; `config`: the config.json of its repository."""
     try:
         name, num_classes, in_channels = recognise(theirs)
-        prepared = preparation(name, config)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    except (KeyError, TypeError, AttributeError, IndexError):
-        raise InputError(f"{source}: its config.json is not one of timm's") from None
     ours, options = ARCHITECTURES[name]
     network = zoo.outline(ours, num_classes, in_channels, {**options, **overrides})
     state, report = from_timm(theirs, network.state_dict())
     if not report.complete:
         raise InputError(f"{source} does not fit {ours} as timm's {name}: {report}")
-    info = replace(network.info, source=f"timm's {name} ({Path(source).name})", **prepared)
+    try:
+        prepared = preparation(name, in_channels, config)
+        info = replace(network.info, source=f"timm's {name} ({Path(source).name})", **prepared)
+        info = ModelInfo.from_metadata(info.to_metadata())  # which checks what the config.json says
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
+        raise InputError(f"{source}: its config.json is not one of timm's") from None
     if options:
         notes += (f"timm's arithmetic is kept by options that the file records: {spelled(options)}",)
     return Weights(state, info, report, notes, network)
@@ -137,26 +139,33 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, int, int]:
     stem = state.get("stem.conv1.weight", state.get("stem.conv.weight"))
     if name not in ARCHITECTURES or stem is None or stem.ndim != 4:
         raise InputError(
-            "normfree did not write this file, nor are its tensors those of one of timm's normalizer-free networks"
+            "normfree did not write this file, nor are its tensors those of one of timm's normalizer-free networks; "
+            "`normfree models` lists published weights"
         )
     return name, size(state, "head.fc"), stem.shape[1]
 
 
-def preparation(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def preparation(name: str, in_channels: int, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The fields of `ModelInfo` that describe images, from a repository's config.json or else from timm's table.
 
-    timm squeezes images to a square for DeepMind's weights, as the authors do, and crops the center for its own.
+    timm squeezes images to a square for DeepMind's weights, as the authors do, and crops the center for its own. Where
+    the config.json has mean and deviation of another number of channels, it takes their average.
     """
     prepared: dict[str, Any] = {}
     if name in _PREPARED:
         train_px, eval_px, crop = _PREPARED[name]
         prepared = dict(train_px=train_px, eval_px=eval_px, crop_fraction=crop)
+    if name == "test_nfnet":
+        prepared |= dict.fromkeys(("mean", "std"), (0.5,) * in_channels)
     prepared["eval_crop"] = "resize_crop" if name.startswith("dm_") else "center"
     if config is not None:
         cfg = config.get("pretrained_cfg", {})
         train = cfg["input_size"]
         prepared |= dict(train_px=train[-1], eval_px=cfg.get("test_input_size", train)[-1])
-        prepared |= dict(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+        for key in ("mean", "std"):
+            values = tuple(cfg[key])
+            fit = len(values) == in_channels
+            prepared[key] = values if fit else (sum(values) / len(values),) * in_channels
         prepared |= dict(crop_fraction=cfg.get("test_crop_pct", cfg["crop_pct"]), licence=cfg.get("license", ""))
         prepared["eval_crop"] = "resize_crop" if cfg.get("crop_mode") == "squash" else "center"
     return prepared
