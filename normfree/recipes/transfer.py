@@ -8,7 +8,7 @@ from __future__ import annotations
 from normfree.config import ClassificationRun, ClassifierOptim, DataConfig, ModelConfig, Tune
 from normfree.recipes.small import OURS, Asked, Images, Machine, clipping_for
 
-SEEN = {"all": 50_000, "gradual": 50_000, "head": 30_000}  # training images
+SEEN = {"all": 100_000, "gradual": 100_000, "head": 30_000}  # training images
 MOST_EPOCHS, FEWEST_EPOCHS = 60, 5
 
 
@@ -28,7 +28,7 @@ def rule(images: Images, machine: Machine, asked: Asked | None, tune: Tune = "al
     optim = ClassifierOptim(
         epochs=round(min(max(FEWEST_EPOCHS, SEEN[tune] / count), MOST_EPOCHS)),
         batch_size=size,
-        lr=scratch / 8 if tune != "head" else 0.1,
+        lr=0.1 if tune == "head" or ours else scratch / 8,
         clipping=clipping_for(asked.name, size),
         weight_decay=1e-5 if tune != "head" else 0.0,
         tune=tune,
