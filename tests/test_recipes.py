@@ -8,11 +8,15 @@ import torch
 from conftest import COLOURS, draw
 from test_models import LADDER, counts, on_meta
 
+from normfree.config import options_of
 from normfree.data import open_dataset
 from normfree.data.pack import pack
 from normfree.engine.loop import Shard
+from normfree.errors import InputError
+from normfree.layers import StochasticDepth
 from normfree.models import find_variant
 from normfree.recipes import RECIPES, imagenet
+from normfree.tasks.choice import choose_recipe
 from normfree.tasks.classification import build, start
 
 RUNGS = list(imagenet.LADDER)
@@ -71,6 +75,51 @@ def test_batch_sizes_scale_the_rate():
             run = RECIPES[f"{kind}_resnet50_{batch}"]("imagenet")
             assert (run.optim.batch_size, run.optim.lr, run.optim.epochs) == (batch, pytest.approx(rate), 90)
             assert (run.optim.clipping is None) == (kind == "bn")
+
+
+RESNETS = [f"{kind}_resnet{depth}" for kind in ("nf", "bn") for depth in (50, 101, 152, 200)]
+NO_AUGMENTATION = dict(mixup=0.0, cutmix=0.0, randaugment_layers=0, flip=True, min_area=0.08, crop_style="paper")
+ANYWHERE = dict(optimizer="sgd", momentum=0.9, final_lr=0.0, tune="all", freeze=False, precision="bfloat16")
+
+
+def options(recipe: str) -> dict:
+    return options_of(RECIPES[recipe]("images"))
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_papers_transfer_of_resnets(name):
+    """Section 6.2, appendix A.5, Table 4: 10 epochs on JFT-300M at 224 px, then 15,000 steps on ImageNet."""
+    before, after = options(f"{name}_pretraining"), options(f"{name}_fine_tuning")
+    shared = ANYWHERE | NO_AUGMENTATION | {"model": name, "warmup_steps": 5000, "sam_rho": 0.0}
+    shared |= {"clipping": 0.01 if name.startswith("nf") else None}
+    assert before.items() >= (shared | {"epochs": 10, "steps": None, "batch_size": 1024, "lr": 0.4}).items()
+    assert before.items() >= {"weight_decay": 1e-5, "ema_decay": 0.0, "train_px": 224, "eval_px": 224}.items()
+    assert after.items() >= (shared | {"steps": 15_000, "batch_size": 2048, "lr": 0.1, "weight_decay": 0.0}).items()
+    assert after.items() >= {"ema_decay": 0.9999, "train_px": 384, "eval_px": 384}.items()
+    model = on_meta(name, **RECIPES[f"{name}_fine_tuning"]("images").model.overrides())
+    assert model.head.drop.p == 0
+    assert all(module.rate == 0 for module in model.modules() if isinstance(module, StochasticDepth))
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("nfnet_f4", 40), ("nfnet_f4_plus", 20)])
+def test_the_papers_transfer_of_nfnets(name, epochs):
+    """Section 6.2, appendix A.5, Table 5."""
+    before, after = options(f"{name}_pretraining"), options(f"{name}_fine_tuning")
+    shared = ANYWHERE | NO_AUGMENTATION | {"model": name, "clipping": 0.01}
+    as_on_imagenet = {"batch_size": 4096, "lr": 1.6, "warmup_epochs": 5, "warmup_steps": None, "ema_decay": 0.99999}
+    assert before.items() >= (shared | as_on_imagenet | {"epochs": epochs, "weight_decay": 1e-6}).items()
+    assert before.items() >= {"train_px": 224, "eval_px": 224, "sam_rho": 0.0, "steps": None}.items()
+    tuned = {"steps": 15_000, "batch_size": 2048, "lr": 0.1, "warmup_steps": 5000, "weight_decay": 1e-5}
+    tuned |= {"sam_rho": 0.05, "drop_rate": 0.25, "stochastic_depth": 0.1}
+    assert after.items() >= (shared | tuned).items()
+    assert find_variant(name).eval_px == 512  # 367 G multiply-adds of F4+ are at this resolution
+
+
+def test_fine_tuning_needs_weights(photos):
+    with pytest.raises(
+        InputError, match="--recipe nf_resnet50_fine_tuning starts from pre-trained weights: add --init"
+    ):
+        choose_recipe("nf_resnet50_fine_tuning", {"path": str(photos), "device": "cpu"})
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

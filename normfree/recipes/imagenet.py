@@ -139,7 +139,8 @@ def pretraining(name: str, path: str) -> ClassificationRun:
     """Pre-training on hundreds of millions of labelled images, as on JFT-300M: ResNets, NFNet-F4 and F4+.
 
     Source: paper, section 6.2, appendix A.5. Crops and flips only, at 224 px. For NFNets the paper says "as on
-    ImageNet"; we keep dropout and stochastic depth, too.
+    ImageNet"; we keep dropout, stochastic depth and EMA, too. It does not give λ, which is the paper's usual one here,
+    nor the stochastic depth of NF-ResNets, which is the released code's.
     Command: `normfree train SHARDS --recipe nfnet_f4_plus_pretraining`.
     Cost: 40 epochs (F4), 20 (F4+) at batch size 4096, 830 ms a step at 32 images a core; 10 epochs at 1024 (ResNets).
     Expected: see `fine_tuning` (not reproduced: the images are not public).
@@ -153,7 +154,7 @@ def pretraining(name: str, path: str) -> ClassificationRun:
             warmup_epochs=0.0,
             warmup_steps=5000,
             weight_decay=1e-5,
-            clipping=CLIPPING[1024] if name.startswith("nf") else None,
+            clipping=0.01 if name.startswith("nf") else None,
             ema_decay=0.0,
         )
         return ClassificationRun(ModelConfig(name), replace(data, eval_crop="crop_resize"), optim, precision="bfloat16")
@@ -166,7 +167,8 @@ def fine_tuning(name: str, path: str) -> ClassificationRun:
     """Fine-tuning of all layers on ImageNet after `pretraining`: 15,000 steps.
 
     Source: paper, section 6.2, appendix A.5, Tables 4 and 5. ResNets use no weight decay, dropout or stochastic depth.
-    NFNets use SAM, at the resolution of their variant, as the published multiply-adds of F4+ suggest.
+    NFNets use SAM, at the resolution of their variant, as the published multiply-adds of F4+ suggest. The paper does
+    not give λ, the decay of their EMA (here that of the ResNets), or the share of the batch for SAM (here A.4's).
     Command: `normfree train IMAGENET --recipe nfnet_f4_plus_fine_tuning --init WEIGHTS`.
     Cost: 15,000 steps at batch size 2048, 24 epochs.
     Expected: 89.2 % (F4, F4+). At 384 px, BN / NF: ResNet-50 79.9 / 81.1 %, 101 82.5 / 83.2, 152 83.4 / 84.0,

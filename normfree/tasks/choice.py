@@ -44,6 +44,8 @@ def choose_recipe(name: str | None, given: Given) -> tuple[ClassificationRun, tu
         name = "freeze" if draft.model.freeze else "tune"
         raise InputError(f"{spell(name, given[name])} is for pre-trained weights: add --init WEIGHTS")
     path, device = draft.data.path, pick_device(draft.machine.device)
+    if name is not None and name.endswith("_fine_tuning") and draft.model.init is None:
+        raise InputError(f"--recipe {name} starts from pre-trained weights: add --init WEIGHTS")
     base, asked, weights = _starting_point(name, path, draft.model, given)
     try:
         images, validation = open_dataset(path, validation_fraction=draft.data.validation_fraction, seed=draft.seed)
