@@ -179,7 +179,12 @@ def test_the_weights_decide_pixels_and_crop():
     assert (options["model"], options["train_px"], options["eval_px"]) == ("nfnet_micro", 56, 64)
     assert (options["eval_crop"], options["crop_fraction"]) == ("center", 0.9)
     assert any("--init w: nfnet_micro, 56 px in training, 64 px in evaluation" in reason for reason in reasons)
+    assert any("fine-tuning, with crops of at least 35 % of the image, weight decay 1e-05" in r for r in reasons)
+    assert chosen(MICRO, crop_style="shift")[0]["min_area"] == 0.08
     options, _ = chosen(F0)
+    assert (options["drop_rate"], options["stochastic_depth"]) == (0.25, 0.1)
+    assert options["lr"] == pytest.approx(0.1 * 32 / 256 / 8)
+    assert chosen(F0, drop_rate=0.5)[0]["drop_rate"] == 0.5
     assert (options["train_px"], options["eval_px"], options["eval_crop"]) == (192, 256, "resize_crop")
     small_images = replace(IMAGES, short_px=32)
     assert chosen(MICRO, images=small_images)[0]["train_px"] == 56

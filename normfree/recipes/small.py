@@ -140,7 +140,7 @@ def choose(
             raise InputError(f"{spell(name, given[name])} does nothing without --{needed.replace('_', '-')}")
     choice.memory()  # may measure the run, as may the next
     choice.length()
-    choice.head()
+    choice.tune()
     choice.data()
     choice.evaluations()
     return choice.run, tuple(choice.reasons)
@@ -346,8 +346,21 @@ class _Choice:
             text = f"warm-up of {warmup:.3g} {unit}" if explain else None
             self.take(("epochs", "steps"), **{name: (warmup, text)})
 
-    def head(self) -> None:
-        """The first epochs of `tune` "gradual"."""
+    def tune(self) -> None:
+        """Regularization of a run from weights, and the first epochs of `tune` "gradual"."""
+        run = self.run
+        if self.tuning:
+            area, decay = run.data.min_area, run.optim.weight_decay
+            crops = f"crops of at least {100 * area:.0f} % of the image" if run.data.crop_style != "shift" else "shifts"
+            rates = {"dropout": run.model.drop_rate, "stochastic depth": run.model.stochastic_depth}
+            dropout, depth = (f"{name} {'of the network' if r is None else f'{r:g}'}" for name, r in rates.items())
+            self.take(
+                ("init",),
+                min_area=(area, f"fine-tuning, with {crops}"),
+                weight_decay=(decay, f"weight decay {decay:g}"),
+                drop_rate=(run.model.drop_rate, dropout),
+                stochastic_depth=(run.model.stochastic_depth, depth),
+            )
         if self.run.optim.tune == "gradual":
             epochs = self.length_in("epochs", self.run.optim) / 5
             text = f"the classifier alone in the first {epochs:.3g} epochs"

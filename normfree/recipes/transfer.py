@@ -33,4 +33,4 @@ def rule(images: Images, machine: Machine, asked: Asked | None, tune: Tune = "al
         weight_decay=1e-5 if tune != "head" else 0.0,
         tune=tune,
     )
-    return ClassificationRun(model, DataConfig(min_area=0.35), optim)
+    return ClassificationRun(model, DataConfig(min_area=0.35 if count < 10_000 else 0.25), optim)
