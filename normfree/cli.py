@@ -32,6 +32,7 @@ usage: normfree VERB ...
 Image networks without normalization layers.
 
   train [DATA]            train a classifier on an image folder; without DATA, on 5,000 packaged digits
+  train DATA --init WEIGHTS   fine-tune published weights, or your own, on your images: hf://timm/eca_nfnet_l0.ra2_in1k
   eval WEIGHTS DATA       accuracy of a weight file, in total and per class, at one or several resolutions
   eval WEIGHTS DATA --probe   what its features are worth for other classes: neighbours and a linear classifier
   predict WEIGHTS PATH... labels for images and folders of images
@@ -42,7 +43,7 @@ Image networks without normalization layers.
   convert IN OUT          weights of the authors, of timm and of the Hub to ours, and back
   data check DATA         read every image: what is broken, odd, there twice, in training and validation
   data pack DATA OUT      the images as tar shards, for large data sets and slow disks
-  models [PATTERN]        the networks: parameters, multiply-adds, published accuracy
+  models [PATTERN]        the networks: parameters, multiply-adds, published accuracy and weights
   signal MODEL...         mean and variance of the activations, block by block; several networks side by side
 
 `normfree VERB --help`, or `normfree help VERB`, lists the options of a verb; `normfree --version` says which versions
@@ -52,7 +53,7 @@ are installed, and whether the kernels for CPUs are in use.
 
 @dataclass(frozen=True)
 class Train:
-    """Train a classifier. Without DATA: 5,000 packaged digits, minutes on a laptop."""
+    """Train a classifier, or fine-tune one with --init. Without DATA: 5,000 packaged digits, minutes on a laptop."""
 
     run: ClassificationRun = field(default_factory=ClassificationRun)
     recipe: str | None = None
@@ -163,7 +164,7 @@ def evaluate(
     """Accuracy and loss of a weight file on an image folder (its validation split, if it has one) or a packaged set.
 
     Args:
-        weights: Weight file that normfree wrote.
+        weights: Weight file of any kind, run folder, or hf://OWNER/NAME; without --probe, with class names.
         data: Image folder with the classes of the weights, or `mnist5k`; with --probe, with any classes.
         px: Side of the images in pixels, 8 to 4096, or several sides to compare; None: what the weights say.
         probe: What the frozen features are worth: nearest neighbours and a linear classifier on the training images,
@@ -239,7 +240,7 @@ def embed(
     """Features of images: what the network gives to its classifier, pooled and not normalised.
 
     Args:
-        weights: Weight file that normfree wrote, with or without a classifier.
+        weights: Weight file of any kind, run folder, or hf://OWNER/NAME; with or without a classifier.
         paths: Images and folders of images.
         out: File to write, ending in .parquet, .npy (with the paths in a .json beside it) or .csv.
         px: Side of the images in pixels, 8 to 4096; None: what the weights say.

@@ -60,7 +60,8 @@ class ModelConfig:
     in_channels: Chosen[int] = 3
     """3: images are read as RGB; 1: as grey."""
     init: str | None = None
-    """Weight file or run folder to start from (fine-tuning); the classifier keeps classes with the same names."""
+    """Weights to fine-tune: a file, a run folder, or an address such as hf://timm/eca_nfnet_l0.ra2_in1k (`normfree
+    models` lists them). The classifier keeps classes with the same names."""
     freeze: bool = False
     """The same as `--tune head`."""
 

@@ -309,7 +309,9 @@ def test_models(capsys):
     run("models", "nfnet_f*")
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 17
-    assert out[1].split() == ["nfnet_f0", "71.49", "M", "192", "6.98", "256", "12.38", "83.6", "%", "(paper)"]
+    figures, weights = out[1].split()[:10], out[1].split()[10:]
+    assert figures == ["nfnet_f0", "71.49", "M", "192", "6.98", "256", "12.38", "83.6", "%", "(paper)"]
+    assert weights == ["hf://timm/dm_nfnet_f0.dm_in1k", "=", "F0_haiku.npz,", "Apache-2.0"]
     assert out[9].split()[-1] == "-"
 
 
@@ -388,7 +390,7 @@ def test_verb_help(verb, capsys):
         ("train --device cpuu", "no device 'cpuu' here; did you mean 'cpu'"),
         ("train --batch-size 5000", "--batch-size 5000 is more than the 4000 training images"),
         ("train --momentum 1", "--momentum 1"),
-        ("train --init nothing.safetensors", "no weight file"),
+        ("train mnist5k --init nothing.safetensors", "no weight file"),
         ("train mnist5", "mnist5k"),
         ("train no/such/folder", "no such folder"),
         ("train --resume no/such/run", "no run is there"),

@@ -1,7 +1,9 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, with a file for WEIGHTS."""
 
 import re
 from pathlib import Path
+
+import normfree
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -9,8 +11,9 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 4
-    exec("\n".join(blocks), {})
+    assert len(blocks) == 5
+    normfree.save(normfree.create_model("nfnet_nano", num_classes=3), "weights.safetensors")
+    exec("\n".join(blocks), {"WEIGHTS": "weights.safetensors"})
     assert (tmp_path / "model.safetensors").exists()
     assert 0 <= float(capsys.readouterr().out.split()[0]) <= 1
 
