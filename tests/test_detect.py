@@ -38,7 +38,7 @@ from normfree.tasks.detection import model as model_module
 from normfree.tasks.detection import task as module
 from normfree.tasks.detection.evaluation import evaluate, evaluate_weights
 from normfree.tasks.detection.metrics import score_table
-from normfree.tasks.detection.model import Detector, freeze, load_detector
+from normfree.tasks.detection.model import Detector, freeze, load_detector, save_detector
 from normfree.tasks.detection.task import build, resume
 from normfree.tasks.unreadable import Unreadable
 
@@ -248,6 +248,37 @@ def train_until(folder: str, data: str, stop: str) -> None:
 
     job.update.step = step  # type: ignore[method-assign]
     module.engine.start(job, Path(folder))
+
+
+@pytest.mark.parametrize("of", ["backbone", "detector"])
+def test_a_run_from_weights_resumes_without_them(data: Path, tmp_path: Path, of: str) -> None:
+    """The checkpoint has the network, with options that the weights brought."""
+    weights = tmp_path / "weights.safetensors"
+    network = normfree.create_model("nfnet_nano", 3, activation="relu")
+    assert network.info is not None
+    normfree.save(network, weights, dataclasses.replace(network.info, mean=(0.1, 0.2, 0.3)))
+    if of == "detector":
+        save_detector(build(configured(data, init=str(weights))).task.model, weights)
+    run = configured(data, **RESUMED, init=str(weights))
+    straight = module.start(run, tmp_path / "straight")
+    job = build(run)
+    original = job.update.step
+
+    def step(number: int, lr: float, hold: torch.Tensor) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        original(number, lr, hold)
+
+    job.update.step = step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        module.engine.start(job, tmp_path / "stopped")
+    weights.unlink()
+    assert resume(tmp_path / "stopped").last == straight.last
+    last = [(tmp_path / folder / "last.safetensors").read_bytes() for folder in ("straight", "stopped")]
+    assert last[0] == last[1]
+    info = load_detector(tmp_path / "stopped" / "last.safetensors").info
+    assert info is not None
+    assert (info.mean, info.overrides["activation"]) == ((0.1, 0.2, 0.3), "relu")
 
 
 def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -128,6 +128,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def task_state(folder: Path) -> dict[str, Any]:
+    """The state of the task in the newest checkpoint that verifies; empty before the first one."""
+    path, _ = newest_whole(folder)
+    return {} if path is None else json.loads((path / MANIFEST).read_text())["extra"].get("task", {})
+
+
 def check_free(path: Path) -> None:
     """Raises InputError if a run's folder cannot be created at `path`, because something else is there."""
     try:

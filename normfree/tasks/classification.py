@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from normfree.data import (
     train_batches,
 )
 from normfree.engine import run as engine
-from normfree.engine.checkpoint import MANIFEST, check_free, newest_whole
+from normfree.engine.checkpoint import check_free, task_state
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import wandb_init
 from normfree.engine.loop import Evaluation, Outcome, Plan, Shard
@@ -305,12 +304,6 @@ def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
     """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
     saved = load_config(folder / "config.json")
     engine.check_resumed(folder, saved, run or saved)
-    info = None if saved.model.init is None else _checkpointed(folder)
-    return engine.resume(build(run or saved, info and unfilled(info)), folder)
-
-
-def _checkpointed(folder: Path) -> ModelInfo | None:
-    """The network in the newest checkpoint of a run, which then needs `init` no more; None before the first one."""
-    path, _ = newest_whole(folder / "checkpoints")
-    header = path and json.loads((path / MANIFEST).read_text())["extra"].get("task", {}).get("network")
-    return ModelInfo.from_metadata(header) if header else None
+    header = task_state(folder / "checkpoints").get("network") if saved.model.init else None
+    weights = unfilled(ModelInfo.from_metadata(header)) if header else None  # the checkpoint's take the place of init's
+    return engine.resume(build(run or saved, weights), folder)

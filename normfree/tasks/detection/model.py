@@ -433,6 +433,8 @@ def create_detector(
     else:
         body, notes = from_weights(backbone, 0, in_channels, weights, given | MAPS, weights=file)
     info = cast(ModelInfo, body.info)
+    if file is not None and old:
+        info = replace(info, mean=file.info.mean, std=file.info.std)
     options = {key: value for key, value in info.overrides.items() if key not in {*HEAD_OPTIONS, *MAPS}}
     model = Detector(body, num_classes, **own, mean=info.mean, std=info.std)
     model.info = replace(
@@ -514,18 +516,23 @@ def detector_of(weights: Weights, path: str | os.PathLike) -> Detector:
     if wrong := difference(model.state_dict(), weights.state):
         raise InputError(f"{path} does not fit the detector of its header: {wrong}")
     model.load_state_dict(weights.state, assign=True)
-    model.info = weights.info
     return model.eval()
 
 
-def _outline(info: ModelInfo, path: str | os.PathLike) -> Detector:
-    """The detector that a header describes, without memory; InputError for an impossible header."""
+def described(info: ModelInfo) -> Detector:
+    """A new detector as a header describes it."""
     options: dict[str, Any] = dict(num_classes=info.num_classes, in_channels=info.in_channels, weights=None)
-    try:
-        with torch.device("meta"):
-            model = create_detector(**info.overrides, **options)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: {error}") from None
+    model = create_detector(**info.overrides, **options)
     transform: Any = model.transform
     transform.image_mean, transform.image_std = list(info.mean), list(info.std)
+    model.info = info
     return model
+
+
+def _outline(info: ModelInfo, path: str | os.PathLike) -> Detector:
+    """`described` without memory; InputError for an impossible header."""
+    try:
+        with torch.device("meta"):
+            return described(info)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from normfree.data.coco import (
     problem_lines,
 )
 from normfree.engine import run as engine
-from normfree.engine.checkpoint import check_free
+from normfree.engine.checkpoint import check_free, task_state
 from normfree.engine.device import autocast, pick_device
 from normfree.engine.log import wandb_init
 from normfree.engine.loop import Evaluation, Outcome, Shard
@@ -33,9 +34,17 @@ from normfree.errors import InputError
 from normfree.tasks.accuracy import pick_workers
 from normfree.tasks.detection.evaluation import evaluate, on_device, scores_from
 from normfree.tasks.detection.metrics import score_table
-from normfree.tasks.detection.model import Detector, create_detector, freeze, roles, save_detector, with_sum
+from normfree.tasks.detection.model import (
+    Detector,
+    create_detector,
+    described,
+    freeze,
+    roles,
+    save_detector,
+    with_sum,
+)
 from normfree.tasks.unreadable import Unreadable
-from normfree.weights.file import Weights
+from normfree.weights.file import ModelInfo, Weights
 
 COMMAND = "normfree detect train"
 PICTURES = 6  # of validation images, at every evaluation
@@ -125,11 +134,12 @@ class Detection:
         return ".".join(parts[: 2 if parts[0] == "stages" else 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The images that were reported, so that a resumed run does not report or count them again."""
-        return self.unreadable.state_dict()
+        """The images that were reported, so that a resumed run does not report or count them again, and the network."""
+        assert self.model.info is not None
+        return self.unreadable.state_dict() | {"network": self.model.info.to_metadata()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restores `state_dict`, but for the network, which has been built from it."""
         self.unreadable.load_state_dict(state)
 
     def save(self, path: Path) -> None:
@@ -137,8 +147,12 @@ class Detection:
         save_detector(self.model, path)
 
 
-def build(run: DetectionRun, weights: Weights | None = None) -> Job:
-    """Everything that a run needs, from its configuration alone; `weights`: of its `init`, if they have been read.
+def build(run: DetectionRun, weights: Weights | None = None, info: ModelInfo | None = None) -> Job:
+    """Everything that a run needs, from its configuration alone.
+
+    Args:
+        weights: of the run's `init`, if they have been read.
+        info: header of the detector in a checkpoint, in whose place `init` is not read.
 
     Raises:
         InputError: a value is out of range, or data or weights cannot be used.
@@ -152,7 +166,7 @@ def build(run: DetectionRun, weights: Weights | None = None) -> Job:
     )
     check_objects(run, train_set, validation_set)
     plan = make_plan(run, len(train_set))
-    model = detector(run, train_set, weights).to(device)
+    model = detector(run, train_set, weights, info).to(device)
     assert model.info is not None
     model.info = replace(model.info, source=f"{COMMAND} {Path(data.path).name}", trained_on=content_sample(train_set))
     sets = {"train": train_set, "validation": validation_set}
@@ -179,15 +193,19 @@ def build(run: DetectionRun, weights: Weights | None = None) -> Job:
     )
 
 
-def detector(run: DetectionRun, train_set: DetectionImages, weights: Weights | None = None) -> Detector:
+def detector(
+    run: DetectionRun, train_set: DetectionImages, weights: Weights | None = None, info: ModelInfo | None = None
+) -> Detector:
     """The detector on the CPU, frozen as the run says, with initial weights that follow from its seed.
 
-    `weights`: of the run's `init`, if they have been read; the detector may take over their tensors.
+    `weights`: of the run's `init`, if they have been read; the detector may take over their tensors. `info`: as in
+    `build`.
     """
     m = run.model
     torch.manual_seed(run.seed)
     rate = {} if m.stochastic_depth is None else {"stochastic_depth": m.stochastic_depth}
-    model = create_detector(
+    new = partial(
+        create_detector,
         m.backbone,
         len(train_set.class_names),
         masks=m.masks,
@@ -205,6 +223,7 @@ def detector(run: DetectionRun, train_set: DetectionImages, weights: Weights | N
         category_ids=train_set.category_ids,
         **rate,
     )
+    model = new() if info is None else described(info)
     freeze(model, m.freeze_stages)
     return model.to(memory_format=torch.channels_last)
 
@@ -268,4 +287,5 @@ def resume(folder: Path, run: DetectionRun | None = None) -> Outcome:
     """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
     saved = load_config(folder / "config.json", DetectionRun)
     engine.check_resumed(folder, saved, run or saved, COMMAND)
-    return engine.resume(build(run or saved), folder)
+    header = task_state(folder / "checkpoints").get("network") if saved.model.init else None
+    return engine.resume(build(run or saved, info=ModelInfo.from_metadata(header) if header else None), folder)
