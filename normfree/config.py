@@ -228,7 +228,7 @@ class ClassifierOptim(OptimConfig):
     head_epochs: Chosen[float] = 0.0
     """Epochs in which `--tune gradual` trains the classifier alone. In as many after them, the learning rate of all
     other weights rises from 0."""
-    layer_decay: Chosen[float] = 1.0
+    layer_decay: float = 1.0
     """The learning rate is multiplied by this for each block between a weight and the classifier, 0 to 1; 1: all
     weights have the same."""
 

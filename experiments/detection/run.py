@@ -41,7 +41,7 @@ def configure(args: argparse.Namespace) -> DetectionRun:
         values = json.loads(value) if value[:1] in "[0123456789ntf" else value
         given[name] = tuple(values) if isinstance(values, list) else values
     if args.twin:
-        given |= {"backbone": "bn_nfnet_micro", "clip": "none", "clipping": None}
+        given["backbone"] = "bn_nfnet_micro"
     return choose_recipe(None, given)[0]
 
 
@@ -104,7 +104,7 @@ def plot() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help="what normfree detect train takes")
-    parser.add_argument("--twin", action="store_true", help="bn_nfnet_micro, nothing clipped")
+    parser.add_argument("--twin", action="store_true", help="bn_nfnet_micro; nothing is clipped, unless --set says so")
     parser.add_argument("--init", help="weights of the backbone")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run")
     parser.add_argument("--seed", type=int, default=0)
