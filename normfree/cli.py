@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from normfree.config import MAX_WORKERS, ClassificationRun, DetectionRun, load_config, options_of
+from normfree.config import MAX_WORKERS, ClassificationRun, DetectionRun, load_config, options_of, with_options
 from normfree.errors import InputError, check_range, nearest, quoted
 from normfree.files import check_writable
 
@@ -60,7 +60,7 @@ class Train:
     """Recipe that the defaults come from, such as nfnet_f0, nfnet_f0_baseline or mnist5k; None: they are chosen for the
     images and the machine, with reasons."""
     resume: str | None = None
-    """Run folder to continue, from its last checkpoint."""
+    """Run folder to continue, from its last checkpoint; with --epochs or --steps, to a new length."""
     out: str | None = None
     """Run folder to create; None: runs/DATA-MODEL-1, or the next free number."""
 
@@ -74,7 +74,7 @@ class TrainDetector:
     """Recipe that the defaults come from, such as coco_nfnet_f0 or detect_small; None: they are chosen for the images
     and the machine, with reasons."""
     resume: str | None = None
-    """Run folder to continue, from its last checkpoint."""
+    """Run folder to continue, from its last checkpoint; with --epochs or --steps, to a new length."""
     out: str | None = None
     """Run folder to create; None: runs/DATA-BACKBONE-1, or the next free number."""
 
@@ -132,6 +132,10 @@ def _train(
         raise InputError(f"--resume {folder} continues a run as it is, in its folder: leave out --recipe and --out")
     saved = load_config(folder / "config.json", type(options.run))
     run = parse(target, verb, args, replace(options, run=saved)).run
+    if given >= {"epochs", "steps"}:
+        raise InputError("--epochs and --steps are two lengths of the run: give one of them")
+    if "epochs" in given:  # `steps` of the saved run would be its length
+        run = with_options(run, {"steps": None})
     return run, task.resume(folder, run)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,12 +300,26 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, cap
         assert all(torch.equal(one[key], other[key]) for key in one)
     capsys.readouterr()
     line = refused(capsys, "detect train --resume", killed, "--workers 0 --no-flip --max-px 200")
-    assert "only the machine options may change" in line
+    assert "the machine options may change" in line
     init = f"--init {killed}/last.safetensors"
     assert line.endswith(f": normfree detect train {data} {init} --max-px 200 --no-flip")
     edited(data, "train", lambda content: content["annotations"][2]["bbox"].__setitem__(0, 1.5))
     line = refused(capsys, "detect train --resume", killed)
     assert "are not those that the run was begun with" in line
+
+
+def test_a_run_gets_a_new_length(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained.folder, folder)
+    steps = load_config(folder / "config.json", DetectionRun).optim.steps
+    assert steps is not None
+    run("detect train --resume", folder, "--steps", steps + 1)
+    assert f"length   {steps + 1} steps instead of {steps}: from step {steps + 1} on" in capsys.readouterr().err
+    assert load_config(folder / "config.json", DetectionRun).optim.steps == steps + 1
+    assert [line["step"] for line in log_of(folder) if line["kind"] == "train"] == list(range(1, steps + 2))
+    with pytest.raises(SystemExit, match="2"):
+        run("detect train --resume", folder, "--steps", steps)
+    assert f"{steps + 1} steps are done" in capsys.readouterr().err
 
 
 # --- batches ---

@@ -33,8 +33,8 @@ def poison_gradient(monkeypatch, layer: str, step: int, value: float = float("in
     """One number of a gradient is not finite in a step, counted from 0, whatever the loss."""
     original = loop._gradients
 
-    def gradients(task, sam, plan, batch, seed, at):
-        loss = original(task, sam, plan, batch, seed, at)
+    def gradients(task, update, sam, plan, batch, seed, at):
+        loss = original(task, update, sam, plan, batch, seed, at)
         if at == step:
             grad = dict(task.model.named_parameters())[layer].grad
             grad[(0,) * grad.ndim] = value
@@ -68,9 +68,9 @@ def test_nothing_is_updated_from_the_first_bad_step_on_however_late_it_is_seen(
     seen = {}
     original = loop._gradients
 
-    def gradients(task, sam, plan, batch, seed, step):
+    def gradients(task, update, sam, plan, batch, seed, step):
         seen.setdefault(step, {k: v.clone() for k, v in task.model.state_dict().items()})
-        return original(task, sam, plan, batch, seed, step)
+        return original(task, update, sam, plan, batch, seed, step)
 
     monkeypatch.setattr(loop, "_gradients", gradients)
     poison_gradient(monkeypatch, "stages.2.0.conv0.weight", step=5)

@@ -130,8 +130,17 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def task_state(folder: Path) -> dict[str, Any]:
     """The state of the task in the newest checkpoint that verifies; empty before the first one."""
+    return _newest_manifest(folder)["extra"].get("task", {})
+
+
+def steps_done(folder: Path) -> int:
+    """The step of the newest checkpoint that verifies; 0 before the first one."""
+    return _newest_manifest(folder)["step"]
+
+
+def _newest_manifest(folder: Path) -> dict[str, Any]:
     path, _ = newest_whole(folder)
-    return {} if path is None else json.loads((path / MANIFEST).read_text())["extra"].get("task", {})
+    return {"step": 0, "extra": {}} if path is None else json.loads((path / MANIFEST).read_text())
 
 
 def check_free(path: Path) -> None:

@@ -107,7 +107,11 @@ class RunLog:
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, folder)
         path = folder / "log.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
-        self.begun: dict[str, Any] = next((o for o in map(json.loads, kept) if o["kind"] == "start"), {})
+        records = [json.loads(line) for line in kept]
+        starts = [record for record in records if record["kind"] == "start"]
+        self.begun: dict[str, Any] = starts[0] if starts else {}
+        self.resumed: dict[str, Any] = starts[-1] if starts else {}
+        self.last_lr: float | None = next((r["lr"] for r in reversed(records) if "lr" in r), None)
         with replacing(path) as whole:
             whole.write_text("".join(kept))
         self.file: TextIO = path.open("a", buffering=1)

@@ -184,12 +184,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
     bar = ProgressBar("train", plan.total_steps, start)
     for line in damaged:
         bar.say(f"warning: {line}")
-    here = environment(device)
-    if resume:
-        bar.say(f"resume   after step {start} of {plan.total_steps}")
-        for line in log.differences(here):
-            bar.say(f"warning: changed since the run began, so that numbers may differ: {line}")
-    log.write("start", start, total_steps=plan.total_steps, **here)
+    _announce(bar, log, plan, start, environment(device), resume)
     seconds_before, began = extra["seconds"], time.monotonic()
     last_checkpoint, last_log, last_log_step, done = began, began, start, start
 
@@ -277,6 +272,23 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
         task.save(folder / "last.safetensors")
     seconds = seconds_before + time.monotonic() - began
     return Outcome(extra["last"], extra["best"], extra["best_epoch"], seconds, extra["report"], folder)
+
+
+def _announce(bar: ProgressBar, log: RunLog, plan: Plan, start: int, here: dict[str, Any], resumed: bool) -> None:
+    """Says and logs where a run starts, and what is different from before."""
+    length = log.resumed.get("total_steps", plan.total_steps)
+    if resumed:
+        bar.say(f"resume   after step {start} of {plan.total_steps}")
+        if length != plan.total_steps:
+            was = "" if log.last_lr is None else f" (it was {log.last_lr:.3g})"
+            bar.say(
+                f"length   {plan.total_steps} steps instead of {length}: from step {start + 1} on, the learning rate "
+                f"is that of a run of this length, at first {plan.lr_at(start):.3g}{was}; there is no second warm-up"
+            )
+        for line in log.differences(here):
+            bar.say(f"warning: changed since the run began, so that numbers may differ: {line}")
+    before = {} if length == plan.total_steps else {"total_steps_before": length}
+    log.write("start", start, total_steps=plan.total_steps, **before, **here)
 
 
 Losses = dict[str, Tensor]

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from normfree.config import OptimConfig, Run, options_of, save_config, spell
+from normfree.config import OptimConfig, Run, options_of, save_config, spell, with_options
 from normfree.data.images import changed
-from normfree.engine.checkpoint import new_run_folder, numbered_run_folder
+from normfree.engine.checkpoint import new_run_folder, numbered_run_folder, steps_done
 from normfree.engine.log import duration
 from normfree.engine.loop import Diverged, Outcome, Plan, Task, eval_steps, train
 from normfree.engine.update import Update
@@ -26,6 +26,7 @@ from normfree.native import library
 from normfree.optim import warmup_cosine
 
 DATA = "data.json"  # in a run's folder: the samples that the run began with
+LENGTH = ("epochs", "steps")  # options that a resumed run may change, besides those of the machine
 
 
 @dataclass
@@ -71,7 +72,7 @@ def make_plan(run: Run, num_samples: int, unit: str = "images") -> Plan:
     if o.batch_size > num_samples:
         raise InputError(f"--batch-size {o.batch_size} is more than the {num_samples} training {unit}")
     steps_per_epoch = num_samples / o.batch_size
-    total_steps = o.steps or max(1, round(o.epochs * steps_per_epoch))
+    total_steps = _total_steps(o, steps_per_epoch)
     warmup_steps = o.warmup_epochs * steps_per_epoch if o.warmup_steps is None else o.warmup_steps
     if warmup_steps >= total_steps:
         raise InputError(
@@ -100,6 +101,10 @@ def make_plan(run: Run, num_samples: int, unit: str = "images") -> Plan:
     )
 
 
+def _total_steps(o: OptimConfig, steps_per_epoch: float) -> int:
+    return o.steps or max(1, round(o.epochs * steps_per_epoch))
+
+
 def start(job: Job, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
     """Trains in a new run folder; None: the next free one of runs/NAME-1, -2 ... (`Outcome.folder`).
 
@@ -122,11 +127,14 @@ def start(job: Job, folder: Path | None, chosen: Sequence[str] = ()) -> Outcome:
         raise
 
 
-def resume(job: Job, folder: Path) -> Outcome:
+def resume(job: Job, folder: Path, saved: Run | None = None) -> Outcome:
     """Continues the run in `folder` from its newest whole checkpoint.
 
+    `saved`: its configuration so far. Where the length in `job.run` is another, it is written to config.json, and the
+    learning rate follows the schedule of the new length from the checkpoint on.
+
     Raises:
-        InputError: the data have changed since the run began.
+        InputError: the data have changed since the run began, or more steps are done than the new length has.
     """
     if (folder / DATA).exists():
         difference = changed(read_data(folder)["images"], job.data["images"])
@@ -138,22 +146,44 @@ def resume(job: Job, folder: Path) -> Outcome:
     else:  # version 0.1 wrote none
         print(f"warning: {folder} does not say which {job.plan.unit} it was begun with", file=sys.stderr)
         _save_data(job, folder)
-    return _carry_out(job, folder, resume=True)
+    return _carry_out(job, folder, resume=True, saved=saved)
+
+
+def _change_length(job: Job, folder: Path, saved: Run) -> None:
+    """Writes a new length to the run's config.json."""
+    if job.plan.total_steps == _total_steps(saved.optim, job.plan.steps_per_epoch):
+        return
+    done = steps_done(folder / "checkpoints")
+    if job.plan.total_steps <= done:
+        raise InputError(
+            f"--resume {quoted(folder)}: {done} steps are done, {done / job.plan.steps_per_epoch:.4g} epochs, and "
+            f"{job.plan.total_steps} would be the last: give --epochs or --steps beyond"
+        )
+    optim = options_of(job.run.optim)
+    save_config(with_options(saved, {name: optim[name] for name in LENGTH}), folder / "config.json")
 
 
 def check_resumed(folder: Path, saved: Run, run: Run, command: str = "normfree train") -> None:
-    """InputError, with the command that works, unless `run` differs from the run in `folder` in `machine` alone."""
+    """InputError, with the command that works, unless `run` differs from that in `folder` in machine and length alone.
+
+    Its `steps`, where they are set, are the length, so that other `epochs` beside them are an error.
+    """
     before, machine = options_of(saved), options_of(saved.machine)
     options = {name: v for name, v in options_of(run).items() if v != before[name] and name not in machine}
     path = options.pop("path", before["path"])
-    if not options and path == before["path"]:
+    if run.optim.steps is not None and "epochs" in options:
+        raise InputError(
+            f"--epochs {run.optim.epochs:g} has no effect with --steps {run.optim.steps}: give one of them"
+        )
+    if not options.keys() - set(LENGTH) and path == before["path"]:
         return
     weights = next((w for w in ("last", "best") if (folder / f"{w}.safetensors").is_file()), None)
     finish = "" if weights == "last" else f"{command} --resume {quoted(folder)}, then "
     init = spell("init", str(folder / f"{weights or 'last'}.safetensors"))
     spelled = " ".join(spell(name, value) for name, value in options.items())
     raise InputError(
-        f"--resume continues {folder} as it was configured; only the machine options may change. To train with "
+        f"--resume continues {folder} as it was configured; only its length (--epochs or --steps) and the machine "
+        f"options may change. To train with "
         f"other ones from its weights on: {finish}{command} {quoted(path)} {init} {spelled}".rstrip()
     )
 
@@ -183,7 +213,9 @@ def evaluation_command(run: Run, weights: Path, verb: str = "normfree eval") -> 
     return f"{verb} {quoted(weights)} {quoted(options['path'])}{share if read_data(weights.parent)['held_out'] else ''}"
 
 
-def _carry_out(job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool = False) -> Outcome:
+def _carry_out(
+    job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool = False, saved: Run | None = None
+) -> Outcome:
     """Trains; prints a description before and a summary after it, on standard error."""
     epochs = job.plan.total_steps / job.plan.steps_per_epoch
     steps = f"{job.plan.total_steps} steps of {job.plan.batch_size} {job.plan.unit}"
@@ -195,6 +227,8 @@ def _carry_out(job: Job, folder: Path, chosen: Sequence[str] = (), resume: bool 
         print(f"time     about {duration(estimated_seconds(job))}", file=sys.stderr)
     try:
         with working_in(folder):
+            if saved is not None:
+                _change_length(job, folder, saved)
             outcome = train(job.task, job.update, job.plan, folder, job.run.seed, resume)
     except Diverged:
         raise

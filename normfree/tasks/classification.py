@@ -301,9 +301,9 @@ def start(
 
 
 def resume(folder: Path, run: ClassificationRun | None = None) -> Outcome:
-    """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
+    """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` and length."""
     saved = load_config(folder / "config.json")
     engine.check_resumed(folder, saved, run or saved)
     header = task_state(folder / "checkpoints").get("network") if saved.model.init else None
     weights = unfilled(ModelInfo.from_metadata(header)) if header else None  # the checkpoint's take the place of init's
-    return engine.resume(build(run or saved, weights), folder)
+    return engine.resume(build(run or saved, weights), folder, saved)

@@ -284,8 +284,9 @@ def start(
 
 
 def resume(folder: Path, run: DetectionRun | None = None) -> Outcome:
-    """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` only."""
+    """Continues a run from its newest whole checkpoint. `run` may differ from the saved one in `machine` and length."""
     saved = load_config(folder / "config.json", DetectionRun)
     engine.check_resumed(folder, saved, run or saved, COMMAND)
     header = task_state(folder / "checkpoints").get("network") if saved.model.init else None
-    return engine.resume(build(run or saved, info=ModelInfo.from_metadata(header) if header else None), folder)
+    info = ModelInfo.from_metadata(header) if header else None
+    return engine.resume(build(run or saved, info=info), folder, saved)
