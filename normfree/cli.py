@@ -556,6 +556,7 @@ def main(args: Sequence[str] | None = None) -> None:
         remedy = ""
         if isinstance(error, Diverged):
             remedy = ". Lower --lr, lengthen --warmup-epochs or lower --clipping; the last checkpoint is from before"
+            remedy += "" if error.skipped else ", and --resume with --on-nonfinite skip goes on without such steps"
         _fail(f"{error}{remedy}", error.exit_code if isinstance(error, Interrupted) else 1)
 
 

@@ -26,6 +26,7 @@ OptimizerName = Literal["sgd", "adamw"]
 Tune = Literal["all", "head", "gradual"]
 Clip = Literal["agc", "norm", "none"]
 Precision = Literal["float32", "bfloat16"]
+OnNonfinite = Literal["stop", "skip"]
 FORMAT = 2  # of config.json; format 1 named neither format nor task, which was classification
 T = typing.TypeVar("T")
 Chosen = Annotated[T, arg(help_behavior_hint="(default: chosen)")]
@@ -248,7 +249,10 @@ class ClassifierOptim(OptimConfig):
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """Where and how a run is executed. It does not affect numbers on the same device, so --resume may change it."""
+    """Where and how a run is executed. It does not affect numbers on the same device, so --resume may change it.
+
+    Until a step is not finite, that also holds of `on_nonfinite`.
+    """
 
     device: str | None = None
     """cuda, mps or cpu; None: the first that is available."""
@@ -262,6 +266,9 @@ class MachineConfig:
     """How many of the newest checkpoints to keep."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
+    on_nonfinite: OnNonfinite = "stop"
+    """A step whose loss or gradients are not finite is never made. stop: it ends the run; skip: the run goes on, unless
+    there are more than 10 such steps in 100."""
     wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
     """Weights & Biases project for the numbers of log.jsonl (`pip install wandb`); None: off."""
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.data import normalize
-from normfree.engine.loop import _add_gradients
+from normfree.engine.loop import _add_gradients, _Watch
 from normfree.layers import WSConv, reuse_weights
 from normfree.models import create_model
 from normfree.optim import AGC, EMA, SAM, SGD_AGC, adaptive_clip_grad_, param_groups
@@ -104,6 +104,22 @@ def test_the_authors_optimizer_with_the_average(model):
     assert sum(batched.values()) < 30
     assert watch.calls["aten::linalg_vector_norm"] < 2 * num_params  # one for a weight, all vectors together
     assert watch.work < num_params
+
+
+def test_an_update_that_may_be_held_back(model, monkeypatch):
+    monkeypatch.setattr("normfree.optim.sgd.fused_sgd_", None)  # it needs a real device
+    optimizer, ema = SGD_AGC(param_groups(model), lr=0.1), EMA(model)
+    seen = _Watch(model, one_by_one=True)
+    for step in range(2):
+        give_gradients(model)
+        with Watch() as watch:
+            hold = seen.see(step, torch.empty((), device="cuda"), model.parameters())
+            seen.restore()
+            optimizer.step(ema=ema, ema_step=step, hold=hold)
+    assert not watch.waits, watch.waits  # but for the momenta, which the first step makes
+    assert hold.device.type == "cuda"
+    with pytest.raises(DataDependentOutputException):
+        seen.found()
 
 
 @dataclass

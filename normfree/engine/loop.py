@@ -27,13 +27,19 @@ from normfree.layers import reuse_weights
 from normfree.optim import EMA, SAM, ascent_size
 from normfree.optim.agc import local
 
+WINDOW = 100  # steps, of which `Plan.max_skipped` may be skipped
+
 
 class Diverged(RuntimeError):
-    """A loss, gradient or weight is not finite: `what`, in step `step`, counted from 1, at learning rate `lr`."""
+    """A loss, gradient or weight is not finite: `what`, in step `step`, counted from 1, at learning rate `lr`.
 
-    def __init__(self, what: str, step: int, lr: float):
-        super().__init__(f"step {step}: {what} is not finite at learning rate {lr:.3g}")
-        self.what, self.step, self.lr = what, step, lr
+    `skipped`: how many of the last `WINDOW` steps, with this one, were not finite, where such steps are skipped.
+    """
+
+    def __init__(self, what: str, step: int, lr: float, skipped: int = 0):
+        often = f", as {skipped - 1} of the {WINDOW - 1} steps before, which were skipped" if skipped else ""
+        super().__init__(f"step {step}: {what} is not finite at learning rate {lr:.3g}{often}")
+        self.what, self.step, self.lr, self.skipped = what, step, lr, skipped
 
 
 class Interrupted(RuntimeError):
@@ -126,6 +132,7 @@ class Plan:
         sam_rho: radius of sharpness-aware minimization; 0: without.
         log_every: steps between lines of the log.
         check_every: steps between looks at the device for what is not finite; None: 1 on a CPU, else `log_every`.
+        max_skipped: steps of any `WINDOW` that may be skipped since they are not finite; 0: the first one ends the run.
         checkpoint_seconds: between checkpoints; one is also written at every evaluation and after a signal.
         keep_checkpoints: how many of the newest stay on disk.
         wandb: project of Weights & Biases for the figures; None: without.
@@ -142,6 +149,7 @@ class Plan:
     sam_fraction: float = 0.2
     log_every: int = 10
     check_every: int | None = None
+    max_skipped: int = 0
     checkpoint_seconds: float = 300.0
     keep_checkpoints: int = 2
     wandb: str | None = None
@@ -166,7 +174,8 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
     Randomness inside a step follows from (seed, step) alone, so that a resumed run takes the same steps.
 
     Raises:
-        Diverged: loss or gradients are not finite. That step is not made; the newest checkpoint is from before.
+        Diverged: loss or gradients are not finite, in more steps than may be skipped. Such a step is never made; the
+            newest checkpoint is from before.
         Interrupted: after a signal, with a checkpoint of the step it came in.
     """
     model, ema, shard = task.model, update.ema, Shard()
@@ -175,6 +184,7 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
 
     # --- start or resume ---
     extra: dict[str, Any] = {"best": -math.inf, "best_epoch": 0.0, "seconds": 0.0, "last": {}, "report": {}, "task": {}}
+    extra["skipped"] = []  # of the last steps, counted from 0
     start, damaged = 0, []
     if resume:
         start, extra, damaged = _restore(checkpoints, update.tensors(), extra)
@@ -197,17 +207,20 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
         last_checkpoint = time.monotonic()
         bar.update(step, "")
 
-    def check_finite() -> None:
-        """Raises Diverged if a step has been held back; waits for the device."""
-        if (bad := int(watch.first)) >= 0:
-            batch = next(task.batches(range(bad, bad + 1), shard))
-            raise Diverged(_blame(task, update, sam, plan, batch, seed, bad), bad + 1, plan.lr_at(bad))
+    def check_finite(step: int = -1, batch: Any = None) -> None:
+        """Waits for the device. `step`: the last one, with its `batch`, if the weights are still those before it."""
+
+        def repeat(bad: int, what: str) -> str:
+            again = batch if bad == step else next(task.batches(range(bad, bad + 1), shard))
+            return _blame(task, update, sam, plan, again, seed, bad, what)
+
+        _report_held(watch.found(), step, repeat, plan, extra["skipped"], log, bar)
 
     # --- the steps ---
     wait = _Wait()
     sam = SAM(update.optimizer, plan.sam_rho)
     check_every = plan.check_every or (1 if device.type == "cpu" else plan.log_every)
-    watch = _Watch(device)
+    watch = _Watch(model, one_by_one=plan.max_skipped > 0)
     model.train()
     with Signals() as signals:
         try:
@@ -218,7 +231,8 @@ def train(task: Task, update: Update, plan: Plan, folder: Path, seed: int, resum
                 losses = _gradients(task, update, sam, plan, batch, seed, step)
                 held = watch.see(step, losses["loss"], update.names)
                 if check:
-                    check_finite()
+                    check_finite(step, batch)
+                watch.restore()
                 update.step(step, lr, held)
                 done = step + 1
 
@@ -324,18 +338,66 @@ def _add_gradients(task: Task, batch: Any, num_samples: int, micro_batch: int | 
     return total
 
 
-class _Watch:
-    """Keeps on the device the first step whose loss or gradients were not finite; -1: none so far."""
+def _report_held(
+    found: Mapping[int, str],
+    last: int,
+    repeat: Callable[[int, str], str],
+    plan: Plan,
+    skipped: list[int],
+    log: RunLog,
+    bar: ProgressBar,
+) -> None:
+    """Reports steps that were held back, and raises Diverged once they are too many.
 
-    def __init__(self, device: torch.device):
-        self.first = torch.full((), -1, device=device)
+    Args:
+        found: what was not finite, by step.
+        last: a step that can be repeated exactly.
+        repeat: gives the first layer that is not finite in a repetition of a step.
+        skipped: the steps of the last `WINDOW` that were held back; it gets those of `found`.
+    """
+    for step, what in found.items():
+        skipped[:] = [s for s in skipped if s > step - WINDOW] + [step]
+        lr, too_many = plan.lr_at(step), len(skipped) > plan.max_skipped
+        if too_many or step == last:
+            what = repeat(step, what)
+        if too_many:
+            raise Diverged(what, step + 1, lr, len(skipped) if plan.max_skipped else 0)
+        log.write("skipped", step + 1, what=what, lr=lr)
+        bar.say(f"warning: step {step + 1} is skipped: {what} is not finite")
+
+
+class _Watch:
+    """Finds losses and gradients that are not finite, and says which updates to hold back. The host does not wait.
+
+    `one_by_one`: only such steps are held back, else all steps from the first one on.
+    """
+
+    def __init__(self, model: nn.Module, one_by_one: bool):
+        self.one_by_one = one_by_one
+        self.buffers = list(model.buffers()) if one_by_one else []  # running statistics, which a forward pass changes
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.held = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
+        self.flags: dict[int, Tensor] = {}  # steps since the last look: whether loss and gradients are not finite, (2,)
 
     def see(self, step: int, loss: Tensor, params: Iterable[Tensor]) -> Tensor:
-        """Bool scalar on the device: whether to hold back the update, since this or an earlier step is not finite."""
+        """Bool scalar on the device: whether to hold back the update of this step."""
         grads = (local(p.grad) for p in params if p.grad is not None)
-        bad = ~(loss.isfinite() & _all_finite([stored_values(grad) for grad in grads]))
-        self.first = torch.where(bad & (self.first < 0), torch.full_like(self.first, step), self.first)
-        return self.first >= 0
+        self.flags[step] = ~torch.stack([loss.isfinite(), _all_finite([stored_values(grad) for grad in grads])])
+        bad = self.flags[step].any()
+        self.held = bad if self.one_by_one else self.held | bad
+        return self.held
+
+    def found(self) -> dict[int, str]:
+        """What was not finite in the steps since the last call; waits for the device."""
+        flags, self.flags = self.flags, {}
+        rows = torch.stack(list(flags.values())).tolist() if flags else []
+        return {step: "the loss" if row[0] else "a gradient" for step, row in zip(flags, rows, strict=True) if any(row)}
+
+    def restore(self) -> None:
+        """Gives buffers the values from before a step that is held back."""
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(torch.where(self.held, before, buffer))
+            before.copy_(buffer)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -414,8 +476,11 @@ def _check_weights(tensors: Mapping[str, Tensor], step: int, lr: float) -> None:
         raise Diverged(bad.replace(".", " ", 1), step, lr)
 
 
-def _blame(task: Task, update: Update, sam: SAM, plan: Plan, batch: Any, seed: int, step: int) -> str:
-    """Repeats a step that was held back, and names the first layer whose output or gradient is not finite."""
+def _blame(task: Task, update: Update, sam: SAM, plan: Plan, batch: Any, seed: int, step: int, what: str) -> str:
+    """Repeats a step that was held back, and names the first layer whose output or gradient is not finite.
+
+    `what`: for a step that cannot be repeated, since other updates came after it.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -435,7 +500,7 @@ def _blame(task: Task, update: Update, sam: SAM, plan: Plan, batch: Any, seed: i
     bad = [f"the gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
     if not found and loss.isfinite() and bad:
         return bad[-1]  # the first in the order of the backward pass
-    return found[0] if found else "the loss"
+    return found[0] if found else what
 
 
 class _Wait:

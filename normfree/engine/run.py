@@ -26,6 +26,7 @@ from normfree.native import library
 from normfree.optim import warmup_cosine
 
 DATA = "data.json"  # in a run's folder: the samples that the run began with
+MAX_SKIPPED = 10  # of 100 steps, with `on_nonfinite` "skip"
 LENGTH = ("epochs", "steps")  # options that a resumed run may change, besides those of the machine
 
 
@@ -94,6 +95,7 @@ def make_plan(run: Run, num_samples: int, unit: str = "images") -> Plan:
         sam_rho=o.sam_rho,
         sam_fraction=o.sam_fraction,
         log_every=machine.log_every,
+        max_skipped=MAX_SKIPPED if machine.on_nonfinite == "skip" else 0,
         checkpoint_seconds=60 * machine.checkpoint_minutes,
         keep_checkpoints=machine.keep_checkpoints,
         wandb=machine.wandb,

@@ -90,12 +90,13 @@ class Update:
         if isinstance(self.optimizer, SGD_AGC):
             self.optimizer.step(ema=self.ema, ema_step=step, hold=hold)
             return
-        if hold.device.type == "cuda":
+        on_cuda = hold.device.type == "cuda"
+        if on_cuda:
             self.optimizer.found_inf = hold.float()  # type: ignore[attr-defined]  # read by fused optimizers, as GradScaler sets it
         elif hold:
             return
         self.optimizer.step()
-        self.ema.update(step)
+        self.ema.update(step, hold if on_cuda else None)
 
     def figures(self, group_of: Callable[[str], str]) -> dict[str, float]:
         """Statistics of the last clipping, for the log; waits for the device. `group_of`: parameter name -> row."""

@@ -61,9 +61,12 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Updates the averages with the current parameters; `step` counts from 0."""
-        blend_(self.averages(), 1 - self.decay_at(step))
+    def update(self, step: int, hold: Tensor | None = None) -> None:
+        """Updates the averages with the current parameters; `step` counts from 0.
+
+        `hold`: bool scalar on their device. If it is true, nothing changes. The host does not wait for it.
+        """
+        blend_(self.averages(), 1 - self.decay_at(step), hold)
 
     def averages(self) -> dict[Tensor, Tensor]:
         """This rank's part of the averages, by parameter, on the parameters' current devices."""
@@ -108,12 +111,18 @@ class EMA:
             self.shadow[name].copy_(value)
 
 
-def blend_(averages: Mapping[Tensor, Tensor], weight: float) -> None:
-    """average <- average + weight * (parameter - average), for all `averages`, given by parameter."""
+def blend_(averages: Mapping[Tensor, Tensor], weight: float, hold: Tensor | None = None) -> None:
+    """average <- average + weight * (parameter - average), for all `averages`, by parameter, unless `hold` is true."""
     pairs = [(local(p), average.dtype) for p, average in averages.items()]
     values = [p if p.dtype == dtype else p.to(dtype) for p, dtype in pairs]  # .to() is a call even without a change
-    if values:
+    if not values:
+        return
+    if hold is None:
         torch._foreach_lerp_(list(averages.values()), values, weight)
+    else:  # a weight on the device, which lerp takes for one tensor at a time only
+        moves = torch._foreach_sub(values, list(averages.values()))
+        torch._foreach_mul_(moves, weight * ~hold)
+        torch._foreach_add_(list(averages.values()), moves)
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ class SGD_AGC(torch.optim.Optimizer):
             if pending := [i for i in indices if i not in updated]:
                 weights, grads = [params[i].weight for i in pending], [params[i].grad for i in pending]
                 sgd_step_(weights, grads, [updates[i]["m"] for i in pending], **options, hold=hold)
-        blend_(averages, blend)
+        blend_(averages, blend, hold)
         return loss
 
 
