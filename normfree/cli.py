@@ -40,6 +40,7 @@ Image networks without normalization layers.
   detect train DATA       train a detector: Mask R-CNN on COCO annotations, or boxes alone
   detect eval WEIGHTS DATA    average precision of a detector, in total, by size and per class
   detect predict WEIGHTS PATH...  boxes, masks and scores for images and folders, and pictures of them
+  average RUN             the mean of the weights in the last checkpoints of a run
   convert IN OUT          weights of the authors, of timm and of the Hub to ours, and back
   data check DATA         read every image: what is broken, odd, there twice, in training and validation
   data pack DATA OUT      the images as tar shards, for large data sets and slow disks
@@ -361,6 +362,30 @@ def convert(
     print(f"wrote {out}")
 
 
+def average(
+    run: Annotated[str, Positional, arg(metavar="RUN")],
+    last: int | None = None,
+    out: str | None = None,
+    raw: bool = False,
+) -> None:
+    """The mean of the weights in the last checkpoints of a run, as a weight file. Training must have kept them.
+
+    Args:
+        run: Run folder of a classifier or a detector.
+        last: How many checkpoints; None: all that are there.
+        out: Weight file to write, ending in .safetensors; None: average.safetensors in the run folder.
+        raw: Weights as they were trained; else their moving averages, as in best.safetensors and last.safetensors.
+    """
+    from normfree.deploy.average import average_run
+
+    done = average_run(run, last, out, raw)
+    for line in done.damaged:
+        print(f"warning: {line}", file=sys.stderr)
+    kind = "weights as they were trained" if raw else "moving averages of the weights"
+    print(f"{done}: {kind}")
+    print(f"wrote {done.path}")
+
+
 def signal(
     models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL...")],
     data: str | None = None,
@@ -471,6 +496,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "models": verb("models", models),
     "signal": verb("signal", signal),
     "convert": verb("convert", convert),
+    "average": verb("average", average),
 }
 
 

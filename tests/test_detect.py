@@ -322,6 +322,20 @@ def test_a_run_gets_a_new_length(trained: Trained, tmp_path: Path, capsys: pytes
     assert f"{steps + 1} steps are done" in capsys.readouterr().err
 
 
+def test_the_mean_of_checkpoints_is_a_detector(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "mean.safetensors"
+    run("average", trained.folder, "--last 1 --out", out)
+    assert f"wrote {out}" in capsys.readouterr().out
+    one, other = (load_detector(path) for path in (out, trained.folder / "last.safetensors"))
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    assert one.info is not None
+    assert other.info is not None
+    assert one.info == dataclasses.replace(
+        other.info, source=f"{other.info.source}, mean of 1 checkpoint, after step 4"
+    )
+
+
 # --- batches ---
 
 

@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normfree.errors import InputError, one_line, quoted
@@ -57,7 +58,7 @@ def save_checkpoint(
             raise OSError(error.errno, error.strerror or str(error), str(final)) from None
         raise
     sync(folder)
-    for old in _all_steps(folder)[:-keep]:
+    for old in all_steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -83,21 +84,40 @@ def load_checkpoint(path: Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: a file is missing, of another size or sum, or a tensor is of another shape.
     """
-    from torch.distributed import checkpoint as dcp
-
     manifest = verify(path)
     if manifest["names"] != sorted(into):
         other = sorted(set(manifest["names"]) ^ set(into))[0]
         raise DamagedCheckpoint(f"it belongs to another network (tensor {other!r})")
     packed = {name: tensor.detach().contiguous() for name, tensor in into.items()}
-    try:
-        with _quiet():
-            dcp.load(packed, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-    except Exception as error:  # torch's reader can raise anything
-        raise DamagedCheckpoint(one_line(error)) from None
+    _fill(path, packed)
     for name, tensor in into.items():
         tensor.detach().copy_(packed[name])
     return manifest
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint that `verify` accepts, on the CPU; DamagedCheckpoint if there are none of these names."""
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        with _quiet():
+            stored: Any = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    except Exception as error:  # torch's reader can raise anything
+        raise DamagedCheckpoint(one_line(error)) from None
+    _fill(path, tensors)
+    return tensors
+
+
+def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Reads tensors through torch.distributed.checkpoint, in place."""
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    except Exception as error:  # torch's reader can raise anything
+        raise DamagedCheckpoint(one_line(error)) from None
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -119,7 +139,7 @@ def verify(path: Path) -> dict[str, Any]:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     damaged = []
-    for path in reversed(_all_steps(folder)):
+    for path in reversed(all_steps(folder)):
         try:
             verify(path)
             return path, damaged
@@ -179,7 +199,8 @@ def numbered_run_folder(stem: Path) -> Path:
         raise InputError(f"cannot create the run folder {stem}-{number}: {error.strerror}") from None
 
 
-def _all_steps(folder: Path) -> list[Path]:
+def all_steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest last."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
 

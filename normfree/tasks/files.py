@@ -11,7 +11,7 @@ from torch import nn
 from normfree import models
 from normfree.models.files import ZOO, bare, network_of
 from normfree.weights import ModelInfo
-from normfree.weights.file import DETECTOR
+from normfree.weights.file import DETECTOR, Weights
 from normfree.weights.read import read
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ def load(path: str | os.PathLike) -> models.Network | Detector:
 
     `path` is as in `normfree.models.load`, whose errors are raised.
     """
-    weights = read(path, ZOO)
+    return model_of(read(path, ZOO), path)
+
+
+def model_of(weights: Weights, path: str | os.PathLike) -> models.Network | Detector:
+    """`load`, for a file that has been read."""
     if weights.info.architecture != DETECTOR:
         return network_of(weights, path)
     from normfree.tasks.detection.model import detector_of
