@@ -20,15 +20,12 @@ def rule(images: Images, machine: Machine, asked: Asked | None, tune: Tune = "al
     assert asked is not None
     count, ours = images.num_train, asked.name in OURS
     size = min(64 if count >= 20_000 else 32, max(2, count // 8))
-    scratch = 0.1 if ours else 0.1 * size / 256
-    if asked.name.startswith("nfnet") and not ours:
-        model = ModelConfig(asked.name, drop_rate=0.25, stochastic_depth=0.1)
-    else:
-        model = ModelConfig(asked.name)
+    paper = asked.name.startswith("nfnet") and not ours
+    model = ModelConfig(asked.name, drop_rate=0.25 if paper else None, stochastic_depth=0.1 if paper else None)
     optim = ClassifierOptim(
         epochs=round(min(max(FEWEST_EPOCHS, SEEN[tune] / count), MOST_EPOCHS)),
         batch_size=size,
-        lr=0.1 if tune == "head" or ours else scratch / 8,
+        lr=0.1 if tune == "head" or ours else 0.1 * size / 256 / 8,
         clipping=clipping_for(asked.name, size),
         weight_decay=1e-5 if tune != "head" else 0.0,
         tune=tune,
