@@ -682,18 +682,11 @@ def test_what_is_given_never_contradicts_what_is_chosen(name: str | None, given:
         assert run.model.masks == scenes.masks
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batch_normalization_is_not_clipped_unless_that_is_given(device: str) -> None:
-    def chosen(**given: Any) -> tuple[str, float | None]:
-        given |= {"backbone": "bn_resnet50", "epochs": 3.0}
-        o = choose_detection(GIVEN | given, SCENES, Place(device), {})[0].optim
-        return o.clip, o.clipping
-
-    assert chosen() == ("none", None)
-    assert chosen(clip="agc") == ("agc", 0.04)
-    assert chosen(clipping=0.1) == ("agc", 0.1)
-    run, _ = choose_detection(GIVEN | {"backbone": "bn_resnet50", "batch_size": 4}, SCENES, Place("cpu"), {})
-    assert run.optim.lr == pytest.approx(4 * 0.00125)  # at our rate it diverges
+def test_backbones_with_batch_normalization_are_clipped_as_others() -> None:
+    """The heads have no normalization; without clipping ours diverged (experiments/detection)."""
+    o = choose_detection(GIVEN | {"backbone": "bn_resnet50"}, SCENES, Place("cpu"), {})[0].optim
+    assert o == choose_detection(GIVEN, SCENES, Place("cpu"), {})[0].optim
+    assert (o.clip, o.clipping) == ("agc", 0.04)
 
 
 def test_the_rate_follows_clipping_optimizer_and_batch() -> None:

@@ -1,7 +1,7 @@
 """Detectors without normalization beside their twins with batch normalization, by batch size.
 
     python experiments/detection/run.py DATA                               # as `normfree detect train DATA`
-    python experiments/detection/run.py DATA --twin --set batch_size=1     # a backbone with batch normalization, no AGC
+    python experiments/detection/run.py DATA --twin --set batch_size=1     # a backbone with batch normalization
     python experiments/detection/run.py DATA --init WEIGHTS --set epochs=40 px=256 --seed 1
     python experiments/detection/run.py --table                            # the results as a table
     python experiments/detection/run.py --plot                             # scenes.png: mask AP50 by batch size
@@ -104,7 +104,7 @@ def plot() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help="what normfree detect train takes")
-    parser.add_argument("--twin", action="store_true", help="bn_nfnet_micro; nothing is clipped, unless --set says so")
+    parser.add_argument("--twin", action="store_true", help="bn_nfnet_micro")
     parser.add_argument("--init", help="weights of the backbone")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the run")
     parser.add_argument("--seed", type=int, default=0)

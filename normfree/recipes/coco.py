@@ -134,8 +134,6 @@ def choose_detection(
         take("boxes alone, without a mask head: not every object has a mask", masks=False)
     if base is None:
         _network(run, scenes, place, take)
-        if run.model.backbone.startswith("bn_") and not {"clip", "clipping"} & fixed.keys():
-            take("nothing clipped: the backbone has batch normalization", clip="none", clipping=None)
         _batch(scenes, place, take)
     px, max_px = (base.data.px, base.data.max_px) if base else _pixels(scenes, place)
     if "px" in fixed:
