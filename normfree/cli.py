@@ -572,7 +572,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail("stopped", 130)
     except OSError as error:
         _drop_output()
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        _fail(f"{error.strerror or error}: {name}" if name else str(error), 1)
     except RuntimeError as error:
         from normfree.data.loader import WorkerDied
         from normfree.engine.loop import Diverged, Interrupted

@@ -1,8 +1,11 @@
 """What a run says of itself: waiting for data, memory, accuracy of the classes, and wandb."""
 
+import contextlib
+import errno
 import json
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +17,7 @@ from test_train import records, small_run
 from normfree import cli
 from normfree.config import load_config, save_config
 from normfree.engine import loop
+from normfree.engine.log import RunLog
 from normfree.errors import InputError
 from normfree.models import load
 from normfree.tasks import classification
@@ -101,6 +105,28 @@ def test_a_complete_run_is_resumed_to_the_same_end(photos, tmp_path, capsys):
     del content["extra"]["report"]
     manifest.write_text(json.dumps(content))
     assert resume(folder).details == {}
+
+
+def test_a_full_disk_is_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch, capsys):
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = threading.excepthook
+    log = RunLog(tmp_path)
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+
+    def fill() -> None:
+        for step in range(10_000):
+            log.write("train", step, loss=1.0)
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    with contextlib.suppress(OSError):
+        log.close()
+    assert threading.excepthook is hook
+    assert "Traceback" not in capsys.readouterr().err
 
 
 class FakeWandb(ModuleType):

@@ -23,6 +23,7 @@ from normfree.errors import InputError, one_line, quoted
 from normfree.files import sha256, sync
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of a checkpoint
 
 
 class DamagedCheckpoint(Exception):
@@ -46,7 +47,7 @@ def save_checkpoint(
         partial.mkdir()
         names = _write_tensors(partial, tensors)
         files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(partial.iterdir())}
-        manifest = {"format": 1, "step": step, "names": names, "files": files, "extra": dict(extra)}
+        manifest = {"format": FORMAT, "step": step, "names": names, "files": files, "extra": dict(extra)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
             sync(path)
@@ -124,6 +125,8 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; DamagedCheckpoint unless all files agree with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            raise DamagedCheckpoint("it is of a newer version of normfree")
         for name, (size, checksum) in manifest["files"].items():
             file = path / name
             if not file.is_file() or file.stat().st_size != size or sha256(file) != checksum:

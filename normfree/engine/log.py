@@ -8,6 +8,7 @@ import json
 import math
 import secrets
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -115,6 +116,7 @@ class RunLog:
         with replacing(path) as whole:
             whole.write_text("".join(kept))
         self.file: TextIO = path.open("a", buffering=1)
+        self.thread_hook, threading.excepthook = threading.excepthook, _quiet_thread
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -141,9 +143,18 @@ class RunLog:
 
     def close(self) -> None:
         self.file.close()
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            threading.excepthook = self.thread_hook
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _quiet_thread(args: threading.ExceptHookArgs) -> None:
+    """No traceback of a full disk: TensorBoard's thread keeps the error for `RunLog.write` or `close`."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def wandb_init() -> Callable[..., Any]:
