@@ -212,23 +212,26 @@ def disk_full(t: Try) -> None:
 def read_only(t: Try) -> None:
     """The run's folder loses its permission to write; for root, who needs none, a read-only mount lies over it."""
     pid = t.begin()
+    while not all_steps(t.folder / "checkpoints"):  # before that, a run makes its folder
+        time.sleep(0.005)
     t.pause()
-    if not t.folder.is_dir():
-        t.folder.mkdir()
-    if os.getuid() == 0:
+    root = os.getuid() == 0
+    folders = [t.folder, t.folder / "checkpoints"]
+    if root:
         subprocess.run(["mount", "--bind", t.folder, t.folder], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", t.folder], check=True)
-    else:
-        t.folder.chmod(0o555)
-        (t.folder / "checkpoints").exists() and (t.folder / "checkpoints").chmod(0o555)
     try:
+        if root:
+            subprocess.run(["mount", "-o", "remount,ro,bind", t.folder], capture_output=True)  # fails while it writes
+        else:
+            for folder in folders:
+                folder.chmod(0o555)
         t.wait(pid, 0, 1, 2)
     finally:
-        if os.getuid() == 0:
-            subprocess.run(["umount", t.folder], check=True)
+        if root:
+            subprocess.run(["umount", "--lazy", t.folder], check=True)
         else:
-            t.folder.chmod(0o755)
-            (t.folder / "checkpoints").exists() and (t.folder / "checkpoints").chmod(0o755)
+            for folder in folders:
+                folder.chmod(0o755)
 
 
 def damaged(t: Try, damage: Callable[[Path, random.Random], None], refusal: str = "") -> None:
