@@ -284,7 +284,7 @@ def test_pack_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture)
         (("pack", root, tmp_path / "out"), "exists"),
         (("pack", root, tmp_path / "two", "--workers", -1), "--workers -1"),
         (("check", tmp_path / "gone"), "no such folder"),
-        ((), "there are train, eval, predict, detect train, detect eval, detect predict, data check, data pack"),
+        ((), "there are train, eval, predict, embed, detect train, detect eval, detect predict, data check, data pack"),
         (("chek",), "did you mean 'data check'"),
     ):
         code, out, err = run(capsys, "data", *words)

@@ -227,9 +227,9 @@ def test_weights_that_cannot_be_used(hub, python, offline, photos, tmp_path):
     code, _, err = offline.run(*train[:-3], "--out", tmp_path / "cached", "--init", uri, "--steps", 1)
     assert code == 0, err  # it is in the cache now
 
-    none = "hf://timm/none"
+    none = "hf://timm/nowhere"
     for args in ((*train, none), ("embed", none, photos, "--out", "x.npy"), ("eval", none, photos, "--probe")):
-        assert "has no repository timm/none, or it is private: check the name" in python.failure(*args)
+        assert "has no repository timm/nowhere, or it is private: check the name" in python.failure(*args)
     publish(hub, "timm/resnet", timm.create_model("test_resnet"), tmp_path / "resnet")
     said = python.failure(*train, "hf://timm/resnet")
     assert "timm's normalizer-free networks; `normfree models` lists published weights" in said

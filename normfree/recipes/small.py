@@ -261,7 +261,7 @@ class _Choice:
         if self.base is None and not self.tuning and not self.images.are_small and not self.images.grey:
             light = self.machine.device == "cpu"
             address = f"hf://timm/{'nf_regnet_b1' if light else 'eca_nfnet_l0'}.ra2_in1k"
-            command = f"normfree train {quoted(self.given['path'])} {spell('init', address)}"
+            command = f"normfree train {quoted(self.run.data.path)} {spell('init', address)}"
             what = "no pre-trained weights, which on photographs save time and gain accuracy"
             self.reasons.append(Reason((), f"{what} (docs/transfer.md): {command}"))
 
