@@ -183,6 +183,8 @@ def spread(values: list[float]) -> str:
 def table(args: argparse.Namespace, size: Size) -> None:
     found = accuracies(args, size)
     for network, twin in TWINS.items():
+        if not any(key[2] in (network, twin) for key in found):
+            continue
         columns = [f"{method}, {name}" for method in METHODS for name in (network, twin)]
         print(f"\n| labels | {' | '.join(columns)} | gain NF | gain BN |\n|{'---|' * (len(columns) + 3)}")
         for target, percents in size.percents.items():
@@ -200,13 +202,13 @@ def plot(args: argparse.Namespace, size: Size) -> None:
     found = accuracies(args, size)
     networks = [name for name in TWINS if any(key[2] == name for key in found)]
     grid = plt.subplots(
-        len(networks), len(size.percents), figsize=(9, 3.4 * len(networks)), layout="constrained", squeeze=False
+        len(networks), len(size.percents), figsize=(10.5, 3.4 * len(networks)), layout="constrained", squeeze=False
     )
-    styles = {"scratch": ":", "probe": "--", "tuned": "-"}
+    styles = {"scratch": (":", "o"), "probe": ("--", "s"), "tuned": ("-", "^")}
     for row, network in zip(grid[1], networks, strict=True):
         for axes, (target, percents) in zip(row, size.percents.items(), strict=True):
             for name, colour in ((network, "tab:blue"), (TWINS[network], "tab:orange")):
-                for method, style in styles.items():
+                for method, (style, marker) in styles.items():
                     points = [(p, found[target, p, name, method]) for p in percents]
                     points = [(p, values) for p, values in points if values]
                     errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for _, v in points]
@@ -216,15 +218,15 @@ def plot(args: argparse.Namespace, size: Size) -> None:
                         errors,
                         color=colour,
                         linestyle=style,
-                        marker="o",
-                        markersize=4,
+                        marker=marker,
+                        markersize=5,
                         label=f"{name}, {method}",
                     )
             axes.set(title=target, xscale="log", xlabel="labels, %", ylabel="top-1, %", xticks=percents)
             axes.set_xticklabels(map(str, percents))
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-        row[-1].legend(frameon=False, fontsize=8)
+        row[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     grid[0].savefig(HERE / f"transfer-{args.size}.png", dpi=150)
 
 
