@@ -85,12 +85,14 @@ def test_a_finished_run_grows_and_a_kill_on_the_way_changes_nothing(photos, tmp_
     ]
 
 
-def test_a_run_that_is_not_finished_may_become_shorter_but_not_than_it_is(photos, tmp_path, monkeypatch):
+def test_a_run_that_is_not_finished_may_become_shorter_but_not_than_it_is(photos, tmp_path, monkeypatch, capsys):
     run, folder = small_run(photos, epochs=4), tmp_path / "run"
     interrupted(run, folder, 14, monkeypatch)
     before = (folder / "config.json").read_bytes(), (folder / "log.jsonl").read_bytes()
+    capsys.readouterr()
     with pytest.raises(InputError, match=r"14 steps are done, 1\.556 epochs, and 14 would be the last: give --epochs"):
         resume(folder, with_options(run, {"steps": 14}))
+    assert capsys.readouterr().err == ""  # one line in all, the error
     assert before == ((folder / "config.json").read_bytes(), (folder / "log.jsonl").read_bytes())
     resume(folder, grown(run, 2))
     assert [r["step"] for r in records(folder, "eval")] == [9, 18]

@@ -224,20 +224,20 @@ def _carry_out(
     lines = [*(f"chosen   {line}" for line in chosen), *job.description]
     lines.append(f"run      {epochs:.3g} epochs = {steps}, into {folder}")
     lines += [] if resume else [f"init     {line}" for line in job.notes]
-    print(*lines, sep="\n", file=sys.stderr)
-    if not resume:
-        print(f"time     about {duration(estimated_seconds(job))}", file=sys.stderr)
-    try:
-        with working_in(folder):
-            if saved is not None:
-                _change_length(job, folder, saved)
+    with working_in(folder):
+        if saved is not None:
+            _change_length(job, folder, saved)
+        print(*lines, sep="\n", file=sys.stderr)
+        if not resume:
+            print(f"time     about {duration(estimated_seconds(job))}", file=sys.stderr)
+        try:
             outcome = train(job.task, job.update, job.plan, folder, job.run.seed, resume)
-    except Diverged:
-        raise
-    except Exception:
-        if (folder / "checkpoints").exists():
-            print(f"continue with: {job.command} --resume {quoted(folder)}", file=sys.stderr)
-        raise
+        except Diverged:
+            raise
+        except Exception:
+            if (folder / "checkpoints").exists():
+                print(f"continue with: {job.command} --resume {quoted(folder)}", file=sys.stderr)
+            raise
     print(*job.summary(outcome.details), sep="\n", file=sys.stderr)
     return outcome
 
