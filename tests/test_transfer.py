@@ -155,6 +155,14 @@ def test_gradual_trains_the_head_first(photos, weights, tmp_path):
         assert numbers(folder, "train") == numbers(tmp_path / "run", "train")
 
 
+def test_a_run_has_the_rates_of_its_options(photos, weights):
+    assert build(tuned(photos, weights)).update.rates is None
+    for decay in (0.5, 0.8):
+        rates = build(tuned(photos, weights, layer_decay=decay)).update.rates
+        assert rates is not None
+        assert [rates.factor(layer, 0) for layer in (rates.head, rates.head - 1, 0)] == [1, decay, decay**rates.head]
+
+
 def test_a_new_head_is_not_clipped(photos, weights):
     groups = build(tuned(photos, weights)).update.optimizer.param_groups
     unclipped = [p.shape for group in groups for p in group["params"] if group["clipping"] is None]
@@ -198,6 +206,8 @@ def test_what_is_given_is_obeyed_and_followed():
     assert chosen(MICRO, train_px=112)[0]["eval_px"] == 128
     assert chosen(F0, crop_fraction=0.9)[0]["eval_crop"] == "center"
     assert chosen(F0, eval_crop="center")[0]["crop_fraction"] == 1.0
+    with pytest.raises(InputError, match=r"--crop-fraction 0\.9 does nothing with --eval-crop resize_crop"):
+        chosen(MICRO, crop_fraction=0.9, eval_crop="resize_crop")
     options, reasons = chosen(MICRO, tune="gradual", epochs=10)
     assert options["head_epochs"] == 2
     assert any("the classifier alone in the first 2 epochs" in reason for reason in reasons)

@@ -138,6 +138,9 @@ def choose(
     for name, needed in _VOID.items():
         if name in given and not options[needed]:
             raise InputError(f"{spell(name, given[name])} does nothing without --{needed.replace('_', '-')}")
+    if given.get("crop_fraction", 1.0) != 1 and options["eval_crop"] != "center":
+        both = spell("crop_fraction", given["crop_fraction"]), spell("eval_crop", options["eval_crop"])
+        raise InputError(f"{both[0]} does nothing with {both[1]}; it is of --eval-crop center")
     choice.memory()  # may measure the run, as may the next
     choice.length()
     choice.tune()
